@@ -1,0 +1,301 @@
+"""The data sets, and the loader that brings uint8 batches to the device.
+
+A set is either an `ArraySet`, small enough to be held whole as one uint8 tensor on the device and cropped there, or a
+`FolderSet`, streamed from files by worker processes that only decode and crop. Both hand out batches of images
+uint8 (B, 3, S, S) and labels int64 (B,).
+
+    python data.py shapes.png       draws a sheet of the `shapes` data set
+"""
+
+import random
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import torch
+import torchvision
+from PIL import Image, ImageDraw, ImageOps
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from augment import RepeatedAugmentSampler, central_crop, keyed_generator, random_boxes, random_crop
+from model import UsageError
+
+# ---- shapes: ten classes drawn by the program itself ----
+
+SHAPES = ("circle", "ring", "half", "triangle", "square", "bar", "plus", "star", "arrow", "ell")
+
+
+def outline(shape: str) -> np.ndarray:
+    """The corners (n, 2) of a shape centred on the origin, reaching to about 1."""
+    if shape in ("circle", "ring", "half"):
+        turn = np.pi if shape == "half" else 2 * np.pi
+        angles = np.linspace(0, turn, 24)
+        corners = np.stack([np.cos(angles), np.sin(angles) - (0.4 if shape == "half" else 0)], axis=1)
+    elif shape in ("triangle", "square"):
+        angles = np.arange(3 if shape == "triangle" else 4) / (3 if shape == "triangle" else 4) * 2 * np.pi
+        corners = 1.1 * np.stack([np.cos(angles), np.sin(angles)], axis=1)
+    elif shape == "star":
+        angles, radii = np.arange(10) / 10 * 2 * np.pi, np.array([1.15, 0.45] * 5)[:, None]
+        corners = radii * np.stack([np.cos(angles), np.sin(angles)], axis=1)
+    else:
+        corners = np.array({
+            "bar": [(-1.1, -0.35), (1.1, -0.35), (1.1, 0.35), (-1.1, 0.35)],
+            "plus": [(-1, -0.3), (-0.3, -0.3), (-0.3, -1), (0.3, -1), (0.3, -0.3), (1, -0.3),
+                     (1, 0.3), (0.3, 0.3), (0.3, 1), (-0.3, 1), (-0.3, 0.3), (-1, 0.3)],
+            "arrow": [(-1.1, -0.25), (0.1, -0.25), (0.1, -0.85), (1.1, 0), (0.1, 0.85), (0.1, 0.25), (-1.1, 0.25)],
+            "ell": [(-0.8, -1), (-0.2, -1), (-0.2, 0.4), (0.8, 0.4), (0.8, 1), (-0.8, 1)],
+        }[shape])  # fmt: skip
+    return corners
+
+
+OUTLINES = {shape: outline(shape) for shape in SHAPES}
+CUES = 0.5  # the share of images in which a class wears its own colour; and, separately, its own texture
+
+
+def draw_shape(seed: int, split: str, index: int, size: int) -> tuple[Image.Image, int]:
+    """Image `index` of a split: RGB (size, size) and its label, index mod 10, always the same for the same arguments.
+
+    Easy cues tell a class half of the time (its colour, its texture: solid, stripes or dots); otherwise colour and
+    texture are anyone's. The outline always tells it, under shift, scale, rotation up to 30 degrees and clutter.
+    """
+    rng, label = random.Random(f"{seed}/{split}/{index}"), index % 10
+    side = 3 * size  # drawn large and reduced, for smooth edges
+
+    def colour(hue: float, value: tuple[float, float]) -> tuple[int, int, int]:
+        image = Image.new("HSV", (1, 1), (int(hue * 256) % 256, rng.randint(120, 255), int(255 * rng.uniform(*value))))
+        return image.convert("RGB").getpixel((0, 0))
+
+    image = Image.new("RGB", (side, side), colour(rng.random(), (0.1, 0.45)))
+    draw = ImageDraw.Draw(image)
+    for _ in range(rng.randint(2, 5)):  # clutter: dim blobs and lines behind the shape
+        x, y, r = rng.uniform(0, side), rng.uniform(0, side), rng.uniform(0.04, 0.16) * side
+        shade = colour(rng.random(), (0.2, 0.8))
+        if rng.random() < 0.5:
+            draw.ellipse((x - r, y - r, x + r, y + r), fill=shade)
+        else:
+            draw.line((x, y, rng.uniform(0, side), rng.uniform(0, side)), fill=shade, width=max(1, int(r / 3)))
+
+    own_hue = (label + rng.gauss(0, 0.35)) / 10
+    hue = own_hue if rng.random() < CUES else rng.random()
+    texture = label % 3 if rng.random() < CUES else rng.randrange(3)
+    fill = Image.new("RGB", (side, side), colour(hue, (0.65, 1.0)))
+    pattern, second = ImageDraw.Draw(fill), colour(hue + 0.08, (0.3, 0.5))
+    step = max(3, int(side * rng.uniform(0.09, 0.13)))
+    for i in range(0, side, step):
+        if texture == 1:
+            pattern.rectangle((0, i, side, i + step // 2), fill=second)
+        elif texture == 2:
+            for j in range(0, side, step):
+                pattern.ellipse((i, j, i + step // 2, j + step // 2), fill=second)
+
+    angle, radius = rng.uniform(-1, 1) * np.pi / 6, rng.uniform(0.2, 0.36) * side
+    turn = np.array([[np.cos(angle), np.sin(angle)], [-np.sin(angle), np.cos(angle)]])
+    centre = np.array([rng.uniform(0.36, 0.64) * side, rng.uniform(0.36, 0.64) * side])
+    corners = OUTLINES[SHAPES[label]] @ turn
+    mask = Image.new("L", (side, side))
+    ImageDraw.Draw(mask).polygon([tuple(p) for p in corners * radius + centre], fill=255)
+    if SHAPES[label] == "ring":
+        ImageDraw.Draw(mask).polygon([tuple(p) for p in corners * radius * 0.55 + centre], fill=0)
+    image.paste(fill, mask=mask)
+    return image.reduce(3), label
+
+
+# ---- Two kinds of data set ----
+
+
+class ArraySet:
+    """A data set held whole: images uint8 (N, 3, H, W) and labels int64 (N,), both on the training device."""
+
+    def __init__(self, images: Tensor, labels: Tensor, classes: list[str]):
+        self.images, self.labels, self.classes = images, labels, classes
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+
+class FolderSet:
+    """A data set left in its files: their paths, labels (whole numbers) and the class names."""
+
+    def __init__(self, paths: list[str], labels: list[int], classes: list[str]):
+        self.paths, self.labels, self.classes = paths, labels, classes
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+
+def draw_shapes(split: str, count: int, size: int, device: torch.device) -> ArraySet:
+    drawn = [draw_shape(0, split, index, size) for index in range(count)]
+    images = torch.from_numpy(np.stack([np.asarray(image) for image, _ in drawn])).permute(0, 3, 1, 2)
+    labels = torch.tensor([label for _, label in drawn])
+    return ArraySet(images.contiguous().to(device), labels.to(device), list(SHAPES))
+
+
+def download(kind: type, root: Path, train: bool, device: torch.device) -> ArraySet:
+    """CIFAR-10 or CIFAR-100 through torchvision, downloaded to `root` where it is not there yet."""
+    try:
+        found = kind(root, train=train, download=True)
+    except (OSError, RuntimeError) as error:
+        raise UsageError(f"could not get {kind.__name__} into {root}: {error}; check the network, or name "
+                         "the folder that has it with --data-path") from error
+    images = torch.from_numpy(found.data).permute(0, 3, 1, 2).contiguous()
+    return ArraySet(images.to(device), torch.tensor(found.targets, device=device), found.classes)
+
+
+def read_image(path: str | Path) -> Image.Image:
+    """The picture in a file, upright and RGB. Raises UsageError naming the file if it cannot be read."""
+    try:
+        with Image.open(path) as image:
+            return ImageOps.exif_transpose(image).convert("RGB")
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        raise UsageError(f"{path} is not a readable image: {' '.join(str(error).split())}") from error
+
+
+HELD_BYTES = 2**30  # a set of equally large images that needs less than this is held whole
+
+
+def open_folder(root: Path, device: torch.device) -> ArraySet | FolderSet:
+    """The images below root/CLASS/; held whole when they are all of one size and small together, else streamed."""
+    try:
+        found = torchvision.datasets.ImageFolder(root)
+    except OSError as error:
+        raise UsageError(f"no images in class folders below {root}: {' '.join(str(error).split())}") from error
+    paths, labels = [path for path, _ in found.samples], [label for _, label in found.samples]
+    width, height = read_image(paths[0]).size
+    if len(paths) * 3 * width * height > HELD_BYTES:
+        return FolderSet(paths, labels, found.classes)
+    images = torch.empty(len(paths), 3, height, width, dtype=torch.uint8)
+    for path, held in zip(paths, images, strict=True):
+        image = read_image(path)
+        if image.size != (width, height):
+            return FolderSet(paths, labels, found.classes)
+        held.copy_(to_tensor(image))
+    return ArraySet(images.to(device), torch.tensor(labels, device=device), found.classes)
+
+
+SHAPES_COUNT = {"train": 8000, "val": 2000}
+DATA_NAMES = ("shapes", "cifar10", "cifar100", "imagenet", "folder")
+
+
+def load_data(name: str, path: str, img_size: int, device: torch.device) -> list[ArraySet | FolderSet]:
+    """The training and the validation set called `name`, one of DATA_NAMES.
+
+    `path` is where downloads go and, for `folder` and `imagenet`, the tree with train/CLASS/* and val/CLASS/*.
+    Raises UsageError for what is missing or does not fit together.
+    """
+    if name == "shapes":
+        return [draw_shapes(split, SHAPES_COUNT[split], img_size, device) for split in ("train", "val")]
+    if name in ("cifar10", "cifar100"):
+        kind = torchvision.datasets.CIFAR10 if name == "cifar10" else torchvision.datasets.CIFAR100
+        return [download(kind, Path(path), train, device) for train in (True, False)]
+    for split in ("train", "val"):
+        if not (Path(path) / split).is_dir():
+            raise UsageError(f"there is no folder {Path(path) / split}; --data-path must hold train/CLASS/* and "
+                             "val/CLASS/*")
+    train, val = (open_folder(Path(path) / split, device) for split in ("train", "val"))
+    if train.classes != val.classes:
+        odd = sorted(set(train.classes) ^ set(val.classes))
+        raise UsageError(f"train and val below {path} have different classes: {odd[0]!r} is only in one of them")
+    return [train, val]
+
+
+# ---- Batches ----
+
+
+def to_tensor(image: Image.Image) -> Tensor:
+    """An RGB picture as uint8 (3, H, W)."""
+    return torch.from_numpy(np.array(image)).permute(2, 0, 1)
+
+
+def crop_file(image: Image.Image, size: int, key: tuple | None) -> Tensor:
+    """What `random_crop` (with a key) and `central_crop` (without) do, by Pillow in a worker: uint8 (3, size, size)."""
+    if key is not None:
+        top, left, high, wide = random_boxes(1, image.height, image.width, keyed_generator(*key))[0].tolist()
+        image = image.crop((left, top, left + wide, top + high))
+        return to_tensor(image.resize((size, size), Image.Resampling.BICUBIC))
+    scale = size / 0.875 / min(image.size)
+    image = image.resize([max(size, round(side * scale)) for side in image.size], Image.Resampling.BICUBIC)
+    left, top = (image.width - size) // 2, (image.height - size) // 2
+    return to_tensor(image.crop((left, top, left + size, top + size)))
+
+
+class Crops(Dataset):
+    """Whole batches read from files: item (indices, key) is (images uint8 (B, 3, S, S), labels int64 (B,)).
+
+    A file that cannot be read makes the item the UsageError itself, which would lose its one line if a worker raised it.
+    """
+
+    def __init__(self, data: FolderSet, size: int):
+        self.data, self.size = data, size
+
+    def __getitem__(self, item: tuple[list[int], tuple | None]) -> tuple[Tensor, Tensor] | UsageError:
+        indices, key = item
+        crops, last, image = [], None, None
+        for place, index in enumerate(indices):
+            if index != last:  # repeated augmentation puts an image's repeats side by side: decode it once
+                try:
+                    last, image = index, read_image(self.data.paths[index])
+                except UsageError as error:
+                    return error
+            crops.append(crop_file(image, self.size, None if key is None else (*key, place)))
+        return torch.stack(crops), torch.tensor([self.data.labels[index] for index in indices])
+
+
+def stream(data: FolderSet, size: int, plan, workers: int, device: torch.device) -> Iterator[tuple[Tensor, Tensor]]:
+    """The batches that `plan` (an iterable of items of Crops) asks for, decoded ahead of time by worker processes."""
+    pinned = device.type == "cuda"
+    for batch in DataLoader(Crops(data, size), sampler=plan, batch_size=None, num_workers=workers, pin_memory=pinned):
+        if isinstance(batch, UsageError):
+            raise batch
+        images, labels = batch
+        yield images.to(device, non_blocking=True), labels.to(device, non_blocking=True)
+
+
+def train_batches(data: ArraySet | FolderSet, size: int, batch_size: int, sampler: RepeatedAugmentSampler, *,
+                  start: int, stop: int, crop: bool, workers: int, device: torch.device) -> Iterator[tuple[Tensor, Tensor]]:
+    """Batches number `start` to `stop` of this process: uint8 (B, 3, S, S) and labels int64 (B,), across epochs.
+
+    An epoch has len(sampler) // batch_size batches. `crop` cuts at random, else in the centre. What is drawn
+    depends on the sampler's seed and rank and on the batch's number alone, so any `start` continues the same stream.
+    """
+    per_epoch = len(sampler) // batch_size
+
+    def plan() -> Iterator[tuple[list[int], tuple | None]]:
+        order = []
+        for number in range(start, stop):
+            epoch, place = divmod(number, per_epoch)
+            if place == 0 or not order:
+                sampler.set_epoch(epoch)
+                order = list(sampler)
+            key = (sampler.seed, "crop", number, sampler.rank) if crop else None
+            yield order[place * batch_size : (place + 1) * batch_size], key
+
+    if isinstance(data, FolderSet):
+        yield from stream(data, size, plan(), workers, device)
+        return
+    for indices, key in plan():
+        index = torch.tensor(indices).to(device, non_blocking=True)
+        images = data.images[index]
+        images = random_crop(images, size, keyed_generator(*key)) if crop else central_crop(images, size)
+        yield images, data.labels[index]
+
+
+def eval_batches(data: ArraySet | FolderSet, size: int, batch_size: int, *, rank: int, world: int, workers: int,
+                 device: torch.device) -> Iterator[tuple[Tensor, Tensor]]:
+    """This process's share of a data set, every image once over all processes: uint8 (B, 3, S, S), labels (B,)."""
+    if isinstance(data, FolderSet):
+        mine = list(range(rank, len(data), world))
+        plan = [(mine[i : i + batch_size], None) for i in range(0, len(mine), batch_size)]
+        yield from stream(data, size, plan, workers, device)
+        return
+    images, labels = data.images[rank::world], data.labels[rank::world]
+    for i in range(0, len(labels), batch_size):
+        yield central_crop(images[i : i + batch_size], size), labels[i : i + batch_size]
+
+
+if __name__ == "__main__":
+    sheet = Image.new("RGB", (12 * 36, 10 * 36), "white")
+    for i in range(120):
+        sheet.paste(draw_shape(0, "train", i, 32)[0], (i // 10 * 36 + 2, i % 10 * 36 + 2))
+    sheet.resize((864, 720), Image.Resampling.NEAREST).save(sys.argv[1])
