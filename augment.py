@@ -1,11 +1,13 @@
 """What happens to a batch of images before the model sees it (section 6, Tables 7 and 9).
 
-    random_crop -> Augment: flip -> RandAugment | AutoAugment | colour jitter -> normalise -> erasing -> Mixup | CutMix
+    random_crop -> Augment: flip -> RandAugment | AutoAugment | colour jitter -> normalise -> erasing -> Mixup
+    | CutMix
 
-Everything works on whole batches, on the device the batch is on: images are grouped by operation, and each operation
-is a short function of (images, one argument an image) that does to the pixels what Pillow does. Random choices are
-drawn on the CPU from the generator passed in, so that the same generator gives the same pixels on every device
-and no step ever waits for the GPU. `RepeatedAugmentSampler` decides which images make up an epoch.
+Everything works on whole batches, on the device the batch is on: images are grouped by operation, and each
+operation is a short function of (images, one argument an image) that does to the pixels what Pillow does.
+Random choices are drawn on the CPU from the generator passed in, so that the same generator gives the same
+pixels on every device and no step ever waits for the GPU. `RepeatedAugmentSampler` decides which images make
+up an epoch.
 
     python evaluate.py augmentations --out augmentations.png      draws every operation below
 """
@@ -20,7 +22,10 @@ import torch.nn.functional as F
 from torch import Generator, Tensor
 from torch.utils.data import Sampler
 
-MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # ImageNet's, used for every data set as in the paper
+MEAN, STD = (
+    (0.485, 0.456, 0.406),
+    (0.229, 0.224, 0.225),
+)  # ImageNet's, used for every data set as in the paper
 FILL = (124, 116, 104)  # the mean as a colour: what geometric operations show beyond the border
 
 
@@ -42,9 +47,12 @@ def to_device(choices: Tensor, images: Tensor) -> Tensor:
 
 
 def blend(degenerate: Tensor, images: Tensor, factor: Tensor) -> Tensor:
-    """Pillow's Image.blend: factor 0 gives `degenerate`, 1 the images, above 1 more of what the images have."""
+    """Pillow's Image.blend: factor 0 gives `degenerate`, 1 the images, above 1 more of what the images
+    have."""
     degenerate = degenerate.float()
-    return (degenerate + factor.float().view(-1, 1, 1, 1) * (images - degenerate)).clamp_(0, 255).to(torch.uint8)
+    return (
+        (degenerate + factor.float().view(-1, 1, 1, 1) * (images - degenerate)).clamp_(0, 255).to(torch.uint8)
+    )
 
 
 def grey(images: Tensor) -> Tensor:
@@ -78,7 +86,11 @@ def equalize(images: Tensor, argument: Tensor) -> Tensor:
     last = counts.gather(2, values.amax(dim=2, keepdim=True))
     step = (values.shape[2] - last).div(255, rounding_mode="floor")
     before = counts.cumsum(2, dtype=torch.int32) - counts
-    flat = (step.div(2, rounding_mode="floor") + before).div(step.clamp(min=1), rounding_mode="floor").clamp(max=255)
+    flat = (
+        (step.div(2, rounding_mode="floor") + before)
+        .div(step.clamp(min=1), rounding_mode="floor")
+        .clamp(max=255)
+    )
     return look_up(images, torch.where(step > 0, flat, torch.arange(256, device=images.device)))
 
 
@@ -151,7 +163,8 @@ def fill_outside(sampled: Tensor, inside: Tensor) -> Tensor:
 
 
 def shift_rows(images: Tensor, shift: Tensor) -> Tensor:
-    """Pixel x of row y becomes the one at x + shift[y], shift float (n, H) or (n, 1), by cubic interpolation."""
+    """Pixel x of row y becomes the one at x + shift[y], shift float (n, H) or (n, 1), by cubic
+    interpolation."""
     height, width = images.shape[2:]
     whole = shift.floor()
     taps = cubic_taps((shift - whole)[:, None, :, None])
@@ -214,7 +227,8 @@ OPERATIONS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
 
 
 def apply_operations(images: Tensor, choice: Tensor, argument: Tensor) -> Tensor:
-    """Applies to image i the operation number choice[i] of OPERATIONS with argument[i]; choice -1 leaves it alone.
+    """Applies to image i the operation number choice[i] of OPERATIONS with argument[i]; choice -1 leaves it
+    alone.
 
     `choice` int64 (B,) and `argument` float (B,) are on the CPU, the images anywhere.
     """
@@ -291,7 +305,8 @@ class RandAugment:
         return images
 
 
-# The 25 sub-policies found on ImageNet (Cubuk et al., 2019, Table 9): two of (operation, probability, level 0..10)
+# The 25 sub-policies found on ImageNet (Cubuk et al., 2019, Table 9): two of (operation, probability, level
+# 0..10)
 AUTOAUGMENT_POLICY = [
     (("Posterize", 0.4, 8), ("Rotate", 0.6, 9)), (("Solarize", 0.6, 5), ("AutoContrast", 0.6, 5)),
     (("Equalize", 0.8, 8), ("Equalize", 0.6, 3)), (("Posterize", 0.6, 7), ("Posterize", 0.6, 6)),
@@ -310,12 +325,17 @@ AUTOAUGMENT_POLICY = [
 
 
 class AutoAugment:
-    """AutoAugment's ImageNet policy (Cubuk et al., 2019): uint8 (B, 3, H, W) in and out; one sub-policy an image."""
+    """AutoAugment's ImageNet policy (Cubuk et al., 2019): uint8 (B, 3, H, W) in and out; one sub-policy an
+    image."""
 
     def __init__(self):
-        self.choice = torch.tensor([[NAMES.index(name) for name, _, _ in pair] for pair in AUTOAUGMENT_POLICY])
+        self.choice = torch.tensor(
+            [[NAMES.index(name) for name, _, _ in pair] for pair in AUTOAUGMENT_POLICY]
+        )
         self.probability = torch.tensor([[p for _, p, _ in pair] for pair in AUTOAUGMENT_POLICY])
-        self.level = torch.tensor([[v for _, _, v in pair] for pair in AUTOAUGMENT_POLICY], dtype=torch.float64)
+        self.level = torch.tensor(
+            [[v for _, _, v in pair] for pair in AUTOAUGMENT_POLICY], dtype=torch.float64
+        )
 
     def __call__(self, images: Tensor, generator: Generator) -> Tensor:
         policy = torch.randint(len(AUTOAUGMENT_POLICY), (len(images),), generator=generator)
@@ -355,7 +375,8 @@ def random_flip(images: Tensor, generator: Generator) -> Tensor:
 
 
 def pad_and_crop(images: Tensor, generator: Generator, padding: int = 4) -> Tensor:
-    """Pads with black and cuts the old size out at a random place: the crop for images kept at their own size."""
+    """Pads with black and cuts the old size out at a random place: the crop for images kept at their own
+    size."""
     height, width = images.shape[2:]
     padded = F.pad(images, [padding] * 4)
     top, left = torch.randint(2 * padding + 1, (2, len(images)), generator=generator)
@@ -364,14 +385,22 @@ def pad_and_crop(images: Tensor, generator: Generator, padding: int = 4) -> Tens
     return windows[every, :, to_device(top, images), to_device(left, images)]
 
 
-def random_boxes(count: int, height: int, width: int, generator: Generator,
-                 scale: tuple[float, float] = (0.08, 1.0), ratio: tuple[float, float] = (3 / 4, 4 / 3)) -> Tensor:
+def random_boxes(
+    count: int,
+    height: int,
+    width: int,
+    generator: Generator,
+    scale: tuple[float, float] = (0.08, 1.0),
+    ratio: tuple[float, float] = (3 / 4, 4 / 3),
+) -> Tensor:
     """Boxes (top, left, height, width) int64 (count, 4) of random area (share of the image) and aspect (w/h).
 
     The first of 10 draws that fits into the image, else the largest centred box of an allowed aspect.
     """
     area = height * width * torch.empty(count, 10).uniform_(*scale, generator=generator)
-    aspect = torch.empty(count, 10).uniform_(math.log(ratio[0]), math.log(ratio[1]), generator=generator).exp()
+    aspect = (
+        torch.empty(count, 10).uniform_(math.log(ratio[0]), math.log(ratio[1]), generator=generator).exp()
+    )
     high, wide = (area / aspect).sqrt().round(), (area * aspect).sqrt().round()
     fits = (high >= 1) & (high <= height) & (wide >= 1) & (wide <= width)
     first = fits.int().argmax(dim=1, keepdim=True)
@@ -389,7 +418,8 @@ def random_boxes(count: int, height: int, width: int, generator: Generator,
 def resize_weights(start: Tensor, length: Tensor, side: int, size: int) -> Tensor:
     """Weights (n, size, side) that bicubically resize a stretch of a line of `side` pixels to `size` pixels.
 
-    `start` and `length` (n,) give the stretch. Antialiased: shrinking widens the kernel, as Pillow's resize does.
+    `start` and `length` (n,) give the stretch. Antialiased: shrinking widens the kernel, as Pillow's resize
+    does.
     """
     start, length = start.float()[:, None, None], length.float()[:, None, None]
     scale = length / size
@@ -412,7 +442,8 @@ def resize_boxes(images: Tensor, boxes: Tensor, size: int) -> Tensor:
 
 
 def random_crop(images: Tensor, size: int, generator: Generator) -> Tensor:
-    """Training crop uint8 (B, 3, size, size): pad-and-crop at the images' own size, else random resized crop."""
+    """Training crop uint8 (B, 3, size, size): pad-and-crop at the images' own size, else random resized
+    crop."""
     height, width = images.shape[2:]
     if (height, width) == (size, size):
         return pad_and_crop(images, generator)
@@ -434,24 +465,30 @@ def central_crop(images: Tensor, size: int) -> Tensor:
 
 def normalize(images: Tensor) -> Tensor:
     """uint8 (B, 3, H, W) -> float32 with ImageNet's mean 0 and standard deviation 1 in each channel."""
-    mean, std = (torch.tensor(v).mul(255).view(1, 3, 1, 1).to(images.device, non_blocking=True) for v in (MEAN, STD))
+    mean, std = (
+        torch.tensor(v).mul(255).view(1, 3, 1, 1).to(images.device, non_blocking=True) for v in (MEAN, STD)
+    )
     return images.float().sub_(mean).div_(std)
 
 
 def hashed_normal(seed: int, count: int, device: torch.device) -> Tensor:
-    """`count` draws of N(0, 1), the same on every device: draw i is a hash of (seed, i) through the inverse CDF."""
-    x = torch.arange(count, device=device) + seed  # seed < 2³²; two rounds of multiply and xor-shift mix 32 bits
+    """`count` draws of N(0, 1), the same on every device: draw i is a hash of (seed, i) through the inverse
+    CDF."""
+    x = (
+        torch.arange(count, device=device) + seed
+    )  # seed < 2³²; two rounds of multiply and xor-shift mix 32 bits
     for multiplier in (0x7FEB352D, 0x846CA68B):
         x = ((x ^ (x >> 16)) * multiplier) & 0xFFFFFFFF
-    x = (x ^ (x >> 16)) >> 8  # 24 bits, as many as float32 holds
-    return torch.erfinv((x.float() + 0.5) / 2**23 - 1) * math.sqrt(2)
+    x = (x ^ (x >> 16)) >> 9  # 23 bits: with the half between them they still fit float32, never reaching ±1
+    return torch.erfinv((x.float() + 0.5) / 2**22 - 1) * math.sqrt(2)
 
 
 class RandomErasing:
     """Random erasing (Zhong et al., 2020) of normalised images: float (B, 3, H, W) in and out.
 
-    With the given probability, one box of 2 % to 33 % of the area and log-uniform aspect 0.3 to 3.3 is filled with
-    N(0, 1), a draw of its own for every pixel and channel; an image in which none of 10 boxes fits is left alone.
+    With the given probability, one box of 2 % to 33 % of the area and log-uniform aspect 0.3 to 3.3 is filled
+    with N(0, 1), a draw of its own for every pixel and channel; an image in which none of 10 boxes fits is
+    left alone.
     """
 
     def __init__(self, probability: float = 0.25):
@@ -473,7 +510,8 @@ class RandomErasing:
         high, wide = high.gather(1, first)[image, 0], wide.gather(1, first)[image, 0]
         top = (place[0, image] * (height - high + 1)).long()
         left = (place[1, image] * (width - wide + 1)).long()
-        # Name every erased pixel: its box, then its row and column in that box. The total is known here on the CPU.
+        # Name every erased pixel: its box, then its row and column in that box. The total is known here on
+        # the CPU.
         sizes = high * wide
         starts, total = sizes.cumsum(0) - sizes, int(sizes.sum())
         table = to_device(torch.stack([image, top, left, wide, starts, sizes]), inputs)
@@ -490,9 +528,9 @@ class RandomErasing:
 class Mixup:
     """Mixup (Zhang et al., 2018), CutMix (Yun et al., 2019) and label smoothing, one decision a batch.
 
-    `mixup_alpha` and `cutmix_alpha` are the Beta distribution's parameter, 0 switches one off; with both on, a fair
-    coin picks. Called with inputs float (B, 3, H, W) and labels int64 (B,), it returns the mixed inputs and targets
-    float32 (B, C) that sum to 1. Image i is mixed with image B-1-i.
+    `mixup_alpha` and `cutmix_alpha` are the Beta distribution's parameter, 0 switches one off; with both on,
+    a fair coin picks. Called with inputs float (B, 3, H, W) and labels int64 (B,), it returns the mixed
+    inputs and targets float32 (B, C) that sum to 1. Image i is mixed with image B-1-i.
     """
 
     def __init__(self, mixup_alpha: float, cutmix_alpha: float, num_classes: int, smoothing: float):
@@ -518,7 +556,9 @@ class Mixup:
             top, bottom, left, right = self.box(lam, *inputs.shape[2:], generator)
             mixed = inputs.clone()
             mixed[:, :, top:bottom, left:right] = inputs.flip(0)[:, :, top:bottom, left:right]
-            lam = 1 - (bottom - top) * (right - left) / (inputs.shape[2] * inputs.shape[3])  # what the border left
+            lam = 1 - (bottom - top) * (right - left) / (
+                inputs.shape[2] * inputs.shape[3]
+            )  # what the border left
         else:
             mixed = torch.lerp(inputs.flip(0), inputs, lam)
         return mixed, torch.lerp(targets.flip(0), targets, lam)
@@ -528,7 +568,12 @@ class Mixup:
         """CutMix's box (top, bottom, left, right): sides √(1-λ) of the image's, centre uniform, clipped."""
         high, wide = int(height * math.sqrt(1 - lam)), int(width * math.sqrt(1 - lam))
         y, x = (int(torch.randint(side, (), generator=generator)) for side in (height, width))
-        return (max(0, y - high // 2), min(height, y + high // 2), max(0, x - wide // 2), min(width, x + wide // 2))
+        return (
+            max(0, y - high // 2),
+            min(height, y + high // 2),
+            max(0, x - wide // 2),
+            min(width, x + wide // 2),
+        )
 
 
 class Augment:
@@ -538,11 +583,23 @@ class Augment:
     inputs float32 (B, 3, S, S), normalised, and targets float32 (B, C).
     """
 
-    def __init__(self, num_classes: int, policy: str = "randaugment", flip: bool = True, erasing: float = 0.25,
-                 mixup: float = 0.8, cutmix: float = 1.0, smoothing: float = 0.1):
+    def __init__(
+        self,
+        num_classes: int,
+        policy: str = "randaugment",
+        flip: bool = True,
+        erasing: float = 0.25,
+        mixup: float = 0.8,
+        cutmix: float = 1.0,
+        smoothing: float = 0.1,
+    ):
         self.flip = flip
-        self.policy = {"randaugment": RandAugment, "autoaugment": AutoAugment, "jitter": ColorJitter,
-                       "none": lambda: None}[policy]()
+        self.policy = {
+            "randaugment": RandAugment,
+            "autoaugment": AutoAugment,
+            "jitter": ColorJitter,
+            "none": lambda: None,
+        }[policy]()
         self.erase = RandomErasing(erasing) if erasing else None
         self.mix = Mixup(mixup, cutmix, num_classes, smoothing)
 
@@ -558,17 +615,20 @@ class Augment:
 
 
 class RepeatedAugmentSampler(Sampler[int]):
-    """Repeated augmentation (Hoffer et al., 2020; Table 7): each image several times in a row, in a shuffled list.
+    """Repeated augmentation (Hoffer et al., 2020; Table 7): each image several times in a row, in a shuffled
+    list.
 
-    The list is dealt to the replicas in turn, so that one image's repeats meet in one step. An epoch keeps about
-    `dataset_size` samples of it, that is 1/num_repeats of the images: each rank (N // 256 · 256) / W of them, or
-    N / W where N < 256, rounded down. On one process it is the same; with num_repeats = 1 it is a plain shuffle.
+    The list is dealt to the replicas in turn, so that one image's repeats meet in one step. An epoch keeps
+    about `dataset_size` samples of it, that is 1/num_repeats of the images: each rank (N // 256 · 256) / W of
+    them, or N / W where N < 256, rounded down. On one process it is the same; with num_repeats = 1 it is a
+    plain shuffle.
     """
 
     def __init__(self, dataset_size: int, num_replicas: int, rank: int, num_repeats: int = 3, seed: int = 0):
         if dataset_size < 1 or num_repeats < 1 or not 0 <= rank < num_replicas:
-            raise ValueError(f"no sampler of {dataset_size} images, {num_repeats} repeats, rank {rank} of "
-                             f"{num_replicas}")
+            raise ValueError(
+                f"no sampler of {dataset_size} images, {num_repeats} repeats, rank {rank} of {num_replicas}"
+            )
         self.dataset_size, self.num_replicas, self.rank = dataset_size, num_replicas, rank
         self.num_repeats, self.seed, self.epoch = num_repeats, seed, 0
 

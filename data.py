@@ -1,8 +1,8 @@
 """The data sets, and the loader that brings uint8 batches to the device.
 
-A set is either an `ArraySet`, small enough to be held whole as one uint8 tensor on the device and cropped there, or a
-`FolderSet`, streamed from files by worker processes that only decode and crop. Both hand out batches of images
-uint8 (B, 3, S, S) and labels int64 (B,).
+A set is either an `ArraySet`, small enough to be held whole as one uint8 tensor on the device and cropped
+there, or a `FolderSet`, streamed from files by worker processes that only decode and crop. Both hand out
+batches of images uint8 (B, 3, S, S) and labels int64 (B,).
 
     python data.py shapes.png       draws a sheet of the `shapes` data set
 """
@@ -55,27 +55,33 @@ CUES = 0.5  # the share of images in which a class wears its own colour; and, se
 
 
 def draw_shape(seed: int, split: str, index: int, size: int) -> tuple[Image.Image, int]:
-    """Image `index` of a split: RGB (size, size) and its label, index mod 10, always the same for the same arguments.
+    """Image `index` of a split: RGB (size, size) and its label, index mod 10, always the same for the same
+    arguments.
 
-    Easy cues tell a class half of the time (its colour, its texture: solid, stripes or dots); otherwise colour and
-    texture are anyone's. The outline always tells it, under shift, scale, rotation up to 30 degrees and clutter.
+    Easy cues tell a class half of the time (its colour, its texture: solid, stripes or dots); otherwise
+    colour and texture are anyone's. The outline always tells it, under shift, scale, rotation up to 30
+    degrees and clutter.
     """
     rng, label = random.Random(f"{seed}/{split}/{index}"), index % 10
     side = 3 * size  # drawn large and reduced, for smooth edges
 
     def colour(hue: float, value: tuple[float, float]) -> tuple[int, int, int]:
-        image = Image.new("HSV", (1, 1), (int(hue * 256) % 256, rng.randint(120, 255), int(255 * rng.uniform(*value))))
+        image = Image.new(
+            "HSV", (1, 1), (int(hue * 256) % 256, rng.randint(120, 255), int(255 * rng.uniform(*value)))
+        )
         return image.convert("RGB").getpixel((0, 0))
 
     image = Image.new("RGB", (side, side), colour(rng.random(), (0.1, 0.45)))
     draw = ImageDraw.Draw(image)
     for _ in range(rng.randint(2, 5)):  # clutter: dim blobs and lines behind the shape
-        x, y, r = rng.uniform(0, side), rng.uniform(0, side), rng.uniform(0.04, 0.16) * side
+        x, y, r = rng.uniform(0, side), rng.uniform(0, side), rng.uniform(0.03, 0.12) * side
         shade = colour(rng.random(), (0.2, 0.8))
         if rng.random() < 0.5:
             draw.ellipse((x - r, y - r, x + r, y + r), fill=shade)
         else:
-            draw.line((x, y, rng.uniform(0, side), rng.uniform(0, side)), fill=shade, width=max(1, int(r / 3)))
+            draw.line(
+                (x, y, rng.uniform(0, side), rng.uniform(0, side)), fill=shade, width=max(1, int(r / 3))
+            )
 
     own_hue = (label + rng.gauss(0, 0.35)) / 10
     hue = own_hue if rng.random() < CUES else rng.random()
@@ -90,9 +96,9 @@ def draw_shape(seed: int, split: str, index: int, size: int) -> tuple[Image.Imag
             for j in range(0, side, step):
                 pattern.ellipse((i, j, i + step // 2, j + step // 2), fill=second)
 
-    angle, radius = rng.uniform(-1, 1) * np.pi / 6, rng.uniform(0.2, 0.36) * side
+    angle, radius = rng.uniform(-1, 1) * np.pi / 8, rng.uniform(0.3, 0.42) * side
     turn = np.array([[np.cos(angle), np.sin(angle)], [-np.sin(angle), np.cos(angle)]])
-    centre = np.array([rng.uniform(0.36, 0.64) * side, rng.uniform(0.36, 0.64) * side])
+    centre = np.array([rng.uniform(0.4, 0.6) * side, rng.uniform(0.4, 0.6) * side])
     corners = OUTLINES[SHAPES[label]] @ turn
     mask = Image.new("L", (side, side))
     ImageDraw.Draw(mask).polygon([tuple(p) for p in corners * radius + centre], fill=255)
@@ -137,8 +143,10 @@ def download(kind: type, root: Path, train: bool, device: torch.device) -> Array
     try:
         found = kind(root, train=train, download=True)
     except (OSError, RuntimeError) as error:
-        raise UsageError(f"could not get {kind.__name__} into {root}: {error}; check the network, or name "
-                         "the folder that has it with --data-path") from error
+        raise UsageError(
+            f"could not get {kind.__name__} into {root}: {error}; check the network, or name "
+            "the folder that has it with --data-path"
+        ) from error
     images = torch.from_numpy(found.data).permute(0, 3, 1, 2).contiguous()
     return ArraySet(images.to(device), torch.tensor(found.targets, device=device), found.classes)
 
@@ -156,11 +164,14 @@ HELD_BYTES = 2**30  # a set of equally large images that needs less than this is
 
 
 def open_folder(root: Path, device: torch.device) -> ArraySet | FolderSet:
-    """The images below root/CLASS/; held whole when they are all of one size and small together, else streamed."""
+    """The images below root/CLASS/; held whole when they are all of one size and small together, else
+    streamed."""
     try:
         found = torchvision.datasets.ImageFolder(root)
     except OSError as error:
-        raise UsageError(f"no images in class folders below {root}: {' '.join(str(error).split())}") from error
+        raise UsageError(
+            f"no images in class folders below {root}: {' '.join(str(error).split())}"
+        ) from error
     paths, labels = [path for path, _ in found.samples], [label for _, label in found.samples]
     width, height = read_image(paths[0]).size
     if len(paths) * 3 * width * height > HELD_BYTES:
@@ -181,8 +192,8 @@ DATA_NAMES = ("shapes", "cifar10", "cifar100", "imagenet", "folder")
 def load_data(name: str, path: str, img_size: int, device: torch.device) -> list[ArraySet | FolderSet]:
     """The training and the validation set called `name`, one of DATA_NAMES.
 
-    `path` is where downloads go and, for `folder` and `imagenet`, the tree with train/CLASS/* and val/CLASS/*.
-    Raises UsageError for what is missing or does not fit together.
+    `path` is where downloads go and, for `folder` and `imagenet`, the tree with train/CLASS/* and
+    val/CLASS/*. Raises UsageError for what is missing or does not fit together.
     """
     if name == "shapes":
         return [draw_shapes(split, SHAPES_COUNT[split], img_size, device) for split in ("train", "val")]
@@ -191,12 +202,16 @@ def load_data(name: str, path: str, img_size: int, device: torch.device) -> list
         return [download(kind, Path(path), train, device) for train in (True, False)]
     for split in ("train", "val"):
         if not (Path(path) / split).is_dir():
-            raise UsageError(f"there is no folder {Path(path) / split}; --data-path must hold train/CLASS/* and "
-                             "val/CLASS/*")
+            raise UsageError(
+                f"there is no folder {Path(path) / split}; --data-path must hold train/CLASS/* and "
+                "val/CLASS/*"
+            )
     train, val = (open_folder(Path(path) / split, device) for split in ("train", "val"))
     if train.classes != val.classes:
         odd = sorted(set(train.classes) ^ set(val.classes))
-        raise UsageError(f"train and val below {path} have different classes: {odd[0]!r} is only in one of them")
+        raise UsageError(
+            f"train and val below {path} have different classes: {odd[0]!r} is only in one of them"
+        )
     return [train, val]
 
 
@@ -209,7 +224,8 @@ def to_tensor(image: Image.Image) -> Tensor:
 
 
 def crop_file(image: Image.Image, size: int, key: tuple | None) -> Tensor:
-    """What `random_crop` (with a key) and `central_crop` (without) do, by Pillow in a worker: uint8 (3, size, size)."""
+    """What `random_crop` (with a key) and `central_crop` (without) do, by Pillow in a worker: uint8 (3, size,
+    size)."""
     if key is not None:
         top, left, high, wide = random_boxes(1, image.height, image.width, keyed_generator(*key))[0].tolist()
         image = image.crop((left, top, left + wide, top + high))
@@ -223,7 +239,8 @@ def crop_file(image: Image.Image, size: int, key: tuple | None) -> Tensor:
 class Crops(Dataset):
     """Whole batches read from files: item (indices, key) is (images uint8 (B, 3, S, S), labels int64 (B,)).
 
-    A file that cannot be read makes the item the UsageError itself, which would lose its one line if a worker raised it.
+    A file that cannot be read makes the item the UsageError itself, which would lose its one line if a worker
+    raised it.
     """
 
     def __init__(self, data: FolderSet, size: int):
@@ -242,22 +259,39 @@ class Crops(Dataset):
         return torch.stack(crops), torch.tensor([self.data.labels[index] for index in indices])
 
 
-def stream(data: FolderSet, size: int, plan, workers: int, device: torch.device) -> Iterator[tuple[Tensor, Tensor]]:
-    """The batches that `plan` (an iterable of items of Crops) asks for, decoded ahead of time by worker processes."""
+def stream(
+    data: FolderSet, size: int, plan, workers: int, device: torch.device
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """The batches that `plan` (an iterable of items of Crops) asks for, decoded ahead of time by worker
+    processes."""
     pinned = device.type == "cuda"
-    for batch in DataLoader(Crops(data, size), sampler=plan, batch_size=None, num_workers=workers, pin_memory=pinned):
+    for batch in DataLoader(
+        Crops(data, size), sampler=plan, batch_size=None, num_workers=workers, pin_memory=pinned
+    ):
         if isinstance(batch, UsageError):
             raise batch
         images, labels = batch
         yield images.to(device, non_blocking=True), labels.to(device, non_blocking=True)
 
 
-def train_batches(data: ArraySet | FolderSet, size: int, batch_size: int, sampler: RepeatedAugmentSampler, *,
-                  start: int, stop: int, crop: bool, workers: int, device: torch.device) -> Iterator[tuple[Tensor, Tensor]]:
-    """Batches number `start` to `stop` of this process: uint8 (B, 3, S, S) and labels int64 (B,), across epochs.
+def train_batches(
+    data: ArraySet | FolderSet,
+    size: int,
+    batch_size: int,
+    sampler: RepeatedAugmentSampler,
+    *,
+    start: int,
+    stop: int,
+    crop: bool,
+    workers: int,
+    device: torch.device,
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """Batches number `start` to `stop` of this process: uint8 (B, 3, S, S) and labels int64 (B,), across
+    epochs.
 
     An epoch has len(sampler) // batch_size batches. `crop` cuts at random, else in the centre. What is drawn
-    depends on the sampler's seed and rank and on the batch's number alone, so any `start` continues the same stream.
+    depends on the sampler's seed and rank and on the batch's number alone, so any `start` continues the same
+    stream.
     """
     per_epoch = len(sampler) // batch_size
 
@@ -281,9 +315,18 @@ def train_batches(data: ArraySet | FolderSet, size: int, batch_size: int, sample
         yield images, data.labels[index]
 
 
-def eval_batches(data: ArraySet | FolderSet, size: int, batch_size: int, *, rank: int, world: int, workers: int,
-                 device: torch.device) -> Iterator[tuple[Tensor, Tensor]]:
-    """This process's share of a data set, every image once over all processes: uint8 (B, 3, S, S), labels (B,)."""
+def eval_batches(
+    data: ArraySet | FolderSet,
+    size: int,
+    batch_size: int,
+    *,
+    rank: int,
+    world: int,
+    workers: int,
+    device: torch.device,
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """This process's share of a data set, every image once over all processes: uint8 (B, 3, S, S), labels
+    (B,)."""
     if isinstance(data, FolderSet):
         mine = list(range(rank, len(data), world))
         plan = [(mine[i : i + batch_size], None) for i in range(0, len(mine), batch_size)]

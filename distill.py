@@ -1,8 +1,8 @@
 """Distillation: the losses of equations 2 and 3, and the teachers (section 4, Tables 2 and 3).
 
-The student's `outputs` are one tensor of logits (no distillation token: both terms of the loss act on the class
-logits, "usual distillation") or the pair (class logits, distillation logits): the true label then teaches the class
-token and the teacher teaches the distillation token.
+The student's `outputs` are one tensor of logits (no distillation token: both terms of the loss act on the
+class logits, "usual distillation") or the pair (class logits, distillation logits): the true label then
+teaches the class token and the teacher teaches the distillation token.
 
     torchrun train.py --model tiny --distill hard
 """
@@ -28,19 +28,22 @@ def both(outputs: Outputs) -> tuple[Tensor, Tensor]:
 
 
 def label_loss(outputs: Outputs, targets: Tensor) -> Tensor:
-    """Cross-entropy with the true label; of a pair, the mean of both (the paper's control: two class tokens)."""
+    """Cross-entropy with the true label; of a pair, the mean of both (the paper's control: two class
+    tokens)."""
     if isinstance(outputs, Tensor):
         return F.cross_entropy(outputs, targets)
     first, second = outputs
     return (F.cross_entropy(first, targets) + F.cross_entropy(second, targets)) / 2
 
 
-def soft_distillation_loss(outputs: Outputs, targets: Tensor, teacher_logits: Tensor, tau: float = 3.0,
-                           lam: float = 0.1) -> Tensor:
+def soft_distillation_loss(
+    outputs: Outputs, targets: Tensor, teacher_logits: Tensor, tau: float = 3.0, lam: float = 0.1
+) -> Tensor:
     """Equation 2: (1 - λ) CE(ψ(Zs), y) + λ τ² KL(ψ(Zs/τ), ψ(Zt/τ)), the mean over the batch.
 
-    `outputs` (B, C) or a pair of them; `targets` are class probabilities float (B, C), smoothed by the caller, or
-    labels int64 (B,); `teacher_logits` (B, C). KL is that of the teacher's softened distribution from the student's.
+    `outputs` (B, C) or a pair of them; `targets` are class probabilities float (B, C), smoothed by the
+    caller, or labels int64 (B,); `teacher_logits` (B, C). KL is that of the teacher's softened distribution
+    from the student's.
     """
     class_logits, student_logits = both(outputs)
     student, teacher = (F.log_softmax(z / tau, dim=-1) for z in (student_logits, teacher_logits))
@@ -58,9 +61,9 @@ def hard_distillation_loss(outputs: Outputs, targets: Tensor, teacher_logits: Te
     return (F.cross_entropy(class_logits, targets) + F.cross_entropy(student_logits, teacher_labels)) / 2
 
 
-# RegNetY (Radosavovic et al., 2020): blocks and widths of the four stages, group width. Table 2 has the last four; the
-# first is for small images and small machines. torchvision's own rounding of the design parameters would give
-# 4GF a second stage of 256 instead of 192.
+# RegNetY (Radosavovic et al., 2020): blocks and widths of the four stages, group width. Table 2 has the last
+# four; the first is for small images and small machines. 8GF is as torchvision has it, so that its published
+# weights fit: its first stage is 224 wide, not 168.
 REGNETY = {
     "regnet_y_200mf": ((1, 1, 4, 7), (24, 56, 152, 368), 8),
     "regnet_y_4gf": ((2, 6, 12, 2), (128, 192, 512, 1088), 64),
@@ -74,8 +77,8 @@ SMALL_IMAGE = 64  # pixels: up to here a convnet's first convolution keeps the r
 def create_convnet(name: str, num_classes: int, img_size: int) -> nn.Module:
     """A RegNetY or any torchvision classifier with fresh weights.
 
-    Convnets shrink an image 32 times; one of 32 pixels would become a single point. For images of up to 64 pixels
-    the first convolution has stride 1 instead of 2, which changes no weight's shape.
+    Convnets shrink an image 32 times; one of 32 pixels would become a single point. For images of up to 64
+    pixels the first convolution has stride 1 instead of 2, which changes no weight's shape.
     """
     if name in REGNETY:
         depths, widths, group_width = REGNETY[name]
@@ -84,8 +87,10 @@ def create_convnet(name: str, num_classes: int, img_size: int) -> nn.Module:
     elif name in torchvision.models.list_models(torchvision.models):
         network = torchvision.models.get_model(name, weights=None, num_classes=num_classes)
     else:
-        raise UsageError(f"unknown network {name!r}; choose {', '.join((*SIZES, *REGNETY))}, or a classifier "
-                         "of torchvision such as resnet18")
+        raise UsageError(
+            f"unknown network {name!r}; choose {', '.join((*SIZES, *REGNETY))}, or a classifier "
+            "of torchvision such as resnet18"
+        )
     if img_size <= SMALL_IMAGE:
         first = next(module for module in network.modules() if isinstance(module, nn.Conv2d))
         if first.stride != first.kernel_size:  # those of transformers cut patches
@@ -102,10 +107,22 @@ def read_checkpoint(path: str | Path) -> dict:
         contents = torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
         raise UsageError(f"there is no file {path}") from None
-    except (OSError, RuntimeError, EOFError, ValueError, KeyError, pickle.UnpicklingError, zipfile.BadZipFile) as error:
-        raise UsageError(f"{path} is not a checkpoint that can be read safely: {str(error).splitlines()[0]}") from error
+    except (
+        OSError,
+        RuntimeError,
+        EOFError,
+        ValueError,
+        KeyError,
+        pickle.UnpicklingError,
+        zipfile.BadZipFile,
+    ) as error:
+        raise UsageError(
+            f"{path} is not a checkpoint that can be read safely: {str(error).splitlines()[0]}"
+        ) from error
     if not isinstance(contents, dict):
-        raise UsageError(f"{path} is not a checkpoint: it holds a {type(contents).__name__}, not named weights")
+        raise UsageError(
+            f"{path} is not a checkpoint: it holds a {type(contents).__name__}, not named weights"
+        )
     return contents
 
 
@@ -122,8 +139,10 @@ def published_url(name: str) -> str:
     try:
         return torchvision.models.get_model_weights(name).DEFAULT.url
     except ValueError:
-        raise UsageError(f"torchvision has no weights for {name}; train them (train.py --model {name}) or name a "
-                         "file or URL that has them") from None
+        raise UsageError(
+            f"torchvision has no weights for {name}; train them (train.py --model {name}) or name a "
+            "file or URL that has them"
+        ) from None
 
 
 def checkpoint_weights(contents: dict) -> dict[str, Tensor]:
@@ -131,14 +150,16 @@ def checkpoint_weights(contents: dict) -> dict[str, Tensor]:
     return contents.get("ema") or contents.get("model") or contents
 
 
-def create_teacher(name: str, num_classes: int, weights: str | None = None, *, img_size: int = 224,
-                   patch_size: int = 16) -> nn.Module:
+def create_teacher(
+    name: str, num_classes: int, weights: str | None = None, *, img_size: int = 224, patch_size: int = 16
+) -> nn.Module:
     """A teacher, frozen and in evaluation mode: images float (B, 3, S, S), normalised -> logits.
 
     `name` is `regnet_y_4gf`, `_8gf`, `_12gf`, `_16gf` (Table 2) or `_200mf`, any torchvision classifier, or
-    `tiny`, `small`, `base` (a DeiT; a distilled one returns its pair of logits). `weights` is None (untrained),
-    "published" (torchvision's), or a path or URL of a file with one of our checkpoints or a plain state dict.
-    `img_size` and `patch_size` are used where the file does not say its own. Raises ValueError for misfits.
+    `tiny`, `small`, `base` (a DeiT; a distilled one returns its pair of logits). `weights` is None
+    (untrained), "published" (torchvision's), or a path or URL of a file with one of our checkpoints or a
+    plain state dict. `img_size` and `patch_size` are used where the file does not say its own. Raises
+    ValueError for misfits.
     """
     source = published_url(name) if weights == "published" else str(weights or "")
     read = read_url if source.startswith(("http://", "https://")) else read_checkpoint
@@ -149,29 +170,36 @@ def create_teacher(name: str, num_classes: int, weights: str | None = None, *, i
     img_size, patch_size = settings.get("img_size", img_size), settings.get("patch_size", patch_size)
     if name in SIZES:
         distilled = "dist_token" in state
-        teacher = create_model(name, num_classes=num_classes, img_size=img_size, patch_size=patch_size,
-                               distilled=distilled)
+        teacher = create_model(
+            name, num_classes=num_classes, img_size=img_size, patch_size=patch_size, distilled=distilled
+        )
         misfits = load_weights(teacher, state) if state else []
     else:
         teacher = create_convnet(name, num_classes, img_size)
         misfits = []
         if state:
             own = teacher.state_dict()
-            misfits = [key for key in {**own, **state} if key not in own or key not in state
-                       or own[key].shape != state[key].shape]
+            misfits = [
+                key
+                for key in {**own, **state}
+                if key not in own or key not in state or own[key].shape != state[key].shape
+            ]
             if not misfits:
                 teacher.load_state_dict(state)
     if misfits:
         theirs = tuple(state[misfits[0]].shape) if misfits[0] in state else "absent"
-        raise UsageError(f"{weights} does not fit a {name} with {num_classes} classes: {misfits[0]} is {theirs} "
-                         "in the file; the teacher must know the student's classes")
+        raise UsageError(
+            f"{weights} does not fit a {name} with {num_classes} classes: {misfits[0]} is {theirs} "
+            "in the file; the teacher must know the student's classes"
+        )
     return teacher.eval().requires_grad_(False)
 
 
 def teacher_logits(teacher: nn.Module, inputs: Tensor) -> Tensor:
     """What the teacher says of the student's inputs: logits (B, C), without gradient.
 
-    A teacher with two heads speaks through their fusion: the softmax of what is returned is the fused prediction.
+    A teacher with two heads speaks through their fusion: the softmax of what is returned is the fused
+    prediction.
     """
     with torch.no_grad():
         outputs = teacher(inputs)

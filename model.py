@@ -1,8 +1,9 @@
-"""The transformer: attention, block, DeiT, its three sizes, and the loading of weights (paper, sections 3 and 5.1).
+"""The transformer: attention, block, DeiT, its three sizes, and the loading of weights (paper, sections 3 and
+5.1).
 
 An image is cut into patches, each patch becomes one token, a class token (and, when distilled, a distillation
-token) is put in front, and twelve blocks of self-attention and MLP mix them. One linear head reads each of the
-front tokens. The parameters have the names, shapes and order of the official checkpoints.
+token) is put in front, and twelve blocks of self-attention and MLP mix them. One linear head reads each of
+the front tokens. The parameters have the names, shapes and order of the official checkpoints.
 
     python -c "from model import create_model; print(create_model('tiny', distilled=True))"
 """
@@ -120,8 +121,19 @@ class DeiT(nn.Module):
     Tokens are ordered class, distillation (when distilled), patches; `pos_embed` covers all of them.
     """
 
-    def __init__(self, dim: int, num_heads: int, depth: int = 12, *, num_classes: int = 1000, img_size: int = 224,
-                 patch_size: int = 16, distilled: bool = False, dropout: float = 0.0, drop_path: float = 0.0):
+    def __init__(
+        self,
+        dim: int,
+        num_heads: int,
+        depth: int = 12,
+        *,
+        num_classes: int = 1000,
+        img_size: int = 224,
+        patch_size: int = 16,
+        distilled: bool = False,
+        dropout: float = 0.0,
+        drop_path: float = 0.0,
+    ):
         super().__init__()
         self.img_size = img_size
         self.distilled = distilled
@@ -133,7 +145,7 @@ class DeiT(nn.Module):
         self.patch_embed = PatchEmbed(dim, patch_size)
         self.dropout = nn.Dropout(dropout)
         # Stochastic depth grows linearly from 0 in the first block to its full rate in the last.
-        rates = torch.linspace(0, drop_path, depth).tolist()
+        rates = [drop_path * n / max(1, depth - 1) for n in range(depth)]
         self.blocks = nn.ModuleList(Block(dim, num_heads, dropout, rate) for rate in rates)
         self.norm = nn.LayerNorm(dim, eps=1e-6)
         self.head = nn.Linear(dim, num_classes)
@@ -154,8 +166,9 @@ class DeiT(nn.Module):
     def embed(self, images: Tensor) -> Tensor:
         """Images float (B, 3, S, S), normalised -> the tokens (B, N, D) that enter the first block."""
         if images.ndim != 4 or tuple(images.shape[1:]) != (3, self.img_size, self.img_size):
-            raise ValueError(f"the model takes images (B, 3, {self.img_size}, {self.img_size}), "
-                             f"not {tuple(images.shape)}")
+            raise ValueError(
+                f"the model takes images (B, 3, {self.img_size}, {self.img_size}), not {tuple(images.shape)}"
+            )
         front = (self.cls_token, self.dist_token) if self.distilled else (self.cls_token,)
         front = [token.expand(len(images), -1, -1) for token in front]
         return self.dropout(torch.cat([*front, self.patch_embed(images)], dim=1) + self.pos_embed)
@@ -180,8 +193,16 @@ class DeiT(nn.Module):
         return weights
 
 
-def create_model(name: str, *, num_classes: int = 1000, img_size: int = 224, patch_size: int = 16,
-                 distilled: bool = False, dropout: float = 0.0, drop_path: float = 0.0) -> DeiT:
+def create_model(
+    name: str,
+    *,
+    num_classes: int = 1000,
+    img_size: int = 224,
+    patch_size: int = 16,
+    distilled: bool = False,
+    dropout: float = 0.0,
+    drop_path: float = 0.0,
+) -> DeiT:
     """A DeiT with fresh weights: `tiny`, `small` or `base` (Table 1).
 
     `img_size` and `patch_size` are in pixels, images are square; `dropout` and `drop_path` are probabilities.
@@ -193,14 +214,24 @@ def create_model(name: str, *, num_classes: int = 1000, img_size: int = 224, pat
         if not isinstance(number, int) or number < 1:
             raise UsageError(f"{what} must be a whole number of at least 1, not {number!r}")
     if img_size % patch_size:
-        raise UsageError(f"image size {img_size} is not a multiple of patch size {patch_size}; "
-                         f"try image size {max(1, round(img_size / patch_size)) * patch_size}")
+        raise UsageError(
+            f"image size {img_size} is not a multiple of patch size {patch_size}; "
+            f"try image size {max(1, round(img_size / patch_size)) * patch_size}"
+        )
     for what, rate in (("dropout", dropout), ("drop_path", drop_path)):
         if not 0.0 <= rate < 1.0:
             raise UsageError(f"{what} must be at least 0 and below 1, not {rate!r}")
     dim, num_heads = SIZES[name]
-    return DeiT(dim, num_heads, num_classes=num_classes, img_size=img_size, patch_size=patch_size,
-                distilled=distilled, dropout=dropout, drop_path=drop_path)
+    return DeiT(
+        dim,
+        num_heads,
+        num_classes=num_classes,
+        img_size=img_size,
+        patch_size=patch_size,
+        distilled=distilled,
+        dropout=dropout,
+        drop_path=drop_path,
+    )
 
 
 def fuse(outputs: Tensor | tuple[Tensor, Tensor]) -> Tensor:
@@ -219,7 +250,8 @@ def resize_pos_embed(pos_embed: Tensor, grid: int, num_front: int) -> Tensor:
     """Position embeddings (1, F + g², D) resized bicubically to (1, F + grid², D) (section 3).
 
     Bicubic, because bilinear interpolation would shrink the vectors' norm (section 6). The F = `num_front`
-    embeddings of the class and distillation tokens are returned as they are, and an equal grid changes nothing.
+    embeddings of the class and distillation tokens are returned as they are, and an equal grid changes
+    nothing.
     """
     front, patches = pos_embed[:, :num_front], pos_embed[:, num_front:]
     old = math.isqrt(patches.shape[1])
@@ -255,6 +287,8 @@ def load_weights(model: DeiT, state_dict: dict[str, Tensor]) -> list[str]:
             state[key] = own[key]
             changed.append(key)
             continue
-        raise UsageError(f"weights do not fit the model: {key} is {theirs} in the weights and {ours} in the model")
+        raise UsageError(
+            f"weights do not fit the model: {key} is {theirs} in the weights and {ours} in the model"
+        )
     model.load_state_dict(state)
     return changed
