@@ -576,41 +576,33 @@ class Mixup:
         )
 
 
+POLICIES = {"randaugment": RandAugment, "autoaugment": AutoAugment, "none": ColorJitter}
+
+
 class Augment:
     """The whole path of a training batch: uint8 (B, 3, S, S) and labels int64 (B,) to inputs and targets.
 
-    `policy` is `randaugment`, `autoaugment`, `jitter` or `none`; `flip` mirrors half of the images. Returns
-    inputs float32 (B, 3, S, S), normalised, and targets float32 (B, C).
+    `policy` is `randaugment`, `autoaugment`, `none` (colour jitter in their place) or `off` (no flip either).
+    Returns inputs float32 (B, 3, S, S), normalised, and targets float32 (B, C).
     """
 
     def __init__(
         self,
         num_classes: int,
         policy: str = "randaugment",
-        flip: bool = True,
         erasing: float = 0.25,
         mixup: float = 0.8,
         cutmix: float = 1.0,
         smoothing: float = 0.1,
     ):
-        self.flip = flip
-        self.policy = {
-            "randaugment": RandAugment,
-            "autoaugment": AutoAugment,
-            "jitter": ColorJitter,
-            "none": lambda: None,
-        }[policy]()
-        self.erase = RandomErasing(erasing) if erasing else None
+        self.policy = None if policy == "off" else POLICIES[policy]()
+        self.erase = RandomErasing(erasing)
         self.mix = Mixup(mixup, cutmix, num_classes, smoothing)
 
     def __call__(self, images: Tensor, labels: Tensor, generator: Generator) -> tuple[Tensor, Tensor]:
-        if self.flip:
-            images = random_flip(images, generator)
-        if self.policy:
-            images = self.policy(images, generator)
-        inputs = normalize(images)
-        if self.erase:
-            inputs = self.erase(inputs, generator)
+        if self.policy is not None:
+            images = self.policy(random_flip(images, generator), generator)
+        inputs = self.erase(normalize(images), generator)
         return self.mix(inputs, labels, generator)
 
 

@@ -44,14 +44,15 @@ def outline(shape: str) -> np.ndarray:
             "bar": [(-1.1, -0.35), (1.1, -0.35), (1.1, 0.35), (-1.1, 0.35)],
             "plus": [(-1, -0.3), (-0.3, -0.3), (-0.3, -1), (0.3, -1), (0.3, -0.3), (1, -0.3),
                      (1, 0.3), (0.3, 0.3), (0.3, 1), (-0.3, 1), (-0.3, 0.3), (-1, 0.3)],
-            "arrow": [(-1.1, -0.25), (0.1, -0.25), (0.1, -0.85), (1.1, 0), (0.1, 0.85), (0.1, 0.25), (-1.1, 0.25)],
+            "arrow": [(-1.1, -0.25), (0.1, -0.25), (0.1, -0.85), (1.1, 0), (0.1, 0.85), (0.1, 0.25),
+                      (-1.1, 0.25)],
             "ell": [(-0.8, -1), (-0.2, -1), (-0.2, 0.4), (0.8, 0.4), (0.8, 1), (-0.8, 1)],
         }[shape])  # fmt: skip
     return corners
 
 
 OUTLINES = {shape: outline(shape) for shape in SHAPES}
-CUES = 0.5  # the share of images in which a class wears its own colour; and, separately, its own texture
+CUES = 0.6  # the share of images in which a class wears its own colour; and, separately, its own texture
 
 
 def draw_shape(seed: int, split: str, index: int, size: int) -> tuple[Image.Image, int]:
@@ -83,7 +84,7 @@ def draw_shape(seed: int, split: str, index: int, size: int) -> tuple[Image.Imag
                 (x, y, rng.uniform(0, side), rng.uniform(0, side)), fill=shade, width=max(1, int(r / 3))
             )
 
-    own_hue = (label + rng.gauss(0, 0.35)) / 10
+    own_hue = (label + rng.gauss(0, 0.25)) / 10
     hue = own_hue if rng.random() < CUES else rng.random()
     texture = label % 3 if rng.random() < CUES else rng.randrange(3)
     fill = Image.new("RGB", (side, side), colour(hue, (0.65, 1.0)))
@@ -96,9 +97,9 @@ def draw_shape(seed: int, split: str, index: int, size: int) -> tuple[Image.Imag
             for j in range(0, side, step):
                 pattern.ellipse((i, j, i + step // 2, j + step // 2), fill=second)
 
-    angle, radius = rng.uniform(-1, 1) * np.pi / 8, rng.uniform(0.3, 0.42) * side
+    angle, radius = rng.uniform(-1, 1) * np.pi / 9, rng.uniform(0.33, 0.43) * side
     turn = np.array([[np.cos(angle), np.sin(angle)], [-np.sin(angle), np.cos(angle)]])
-    centre = np.array([rng.uniform(0.4, 0.6) * side, rng.uniform(0.4, 0.6) * side])
+    centre = np.array([rng.uniform(0.42, 0.58) * side, rng.uniform(0.42, 0.58) * side])
     corners = OUTLINES[SHAPES[label]] @ turn
     mask = Image.new("L", (side, side))
     ImageDraw.Draw(mask).polygon([tuple(p) for p in corners * radius + centre], fill=255)
@@ -232,7 +233,7 @@ def crop_file(image: Image.Image, size: int, key: tuple | None) -> Tensor:
         return to_tensor(image.resize((size, size), Image.Resampling.BICUBIC))
     scale = size / 0.875 / min(image.size)
     image = image.resize([max(size, round(side * scale)) for side in image.size], Image.Resampling.BICUBIC)
-    left, top = (image.width - size) // 2, (image.height - size) // 2
+    left, top = round((image.width - size) / 2), round((image.height - size) / 2)
     return to_tensor(image.crop((left, top, left + size, top + size)))
 
 

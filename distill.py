@@ -74,6 +74,15 @@ REGNETY = {
 SMALL_IMAGE = 64  # pixels: up to here a convnet's first convolution keeps the resolution
 
 
+def check_name(name: str) -> None:
+    """Raises UsageError unless `name` is a network that can be trained or can teach."""
+    if name not in (*SIZES, *REGNETY, *torchvision.models.list_models(torchvision.models)):
+        raise UsageError(
+            f"unknown network {name!r}; choose {', '.join((*SIZES, *REGNETY))}, or a classifier "
+            "of torchvision such as resnet18"
+        )
+
+
 def create_convnet(name: str, num_classes: int, img_size: int) -> nn.Module:
     """A RegNetY or any torchvision classifier with fresh weights.
 
@@ -84,13 +93,9 @@ def create_convnet(name: str, num_classes: int, img_size: int) -> nn.Module:
         depths, widths, group_width = REGNETY[name]
         params = BlockParams(depths, widths, [group_width] * 4, [1.0] * 4, strides=[2] * 4, se_ratio=0.25)
         network = RegNet(params, num_classes)
-    elif name in torchvision.models.list_models(torchvision.models):
-        network = torchvision.models.get_model(name, weights=None, num_classes=num_classes)
     else:
-        raise UsageError(
-            f"unknown network {name!r}; choose {', '.join((*SIZES, *REGNETY))}, or a classifier "
-            "of torchvision such as resnet18"
-        )
+        check_name(name)
+        network = torchvision.models.get_model(name, weights=None, num_classes=num_classes)
     if img_size <= SMALL_IMAGE:
         first = next(module for module in network.modules() if isinstance(module, nn.Conv2d))
         if first.stride != first.kernel_size:  # those of transformers cut patches
@@ -124,6 +129,10 @@ def read_checkpoint(path: str | Path) -> dict:
             f"{path} is not a checkpoint: it holds a {type(contents).__name__}, not named weights"
         )
     return contents
+
+
+def is_url(source: str) -> bool:
+    return source.startswith(("http://", "https://"))
 
 
 def read_url(url: str) -> dict:
@@ -162,7 +171,7 @@ def create_teacher(
     ValueError for misfits.
     """
     source = published_url(name) if weights == "published" else str(weights or "")
-    read = read_url if source.startswith(("http://", "https://")) else read_checkpoint
+    read = read_url if is_url(source) else read_checkpoint
     contents = read(source) if source else {}
     settings, state = contents.get("settings", {}), checkpoint_weights(contents)
     if settings.get("model", name) != name:

@@ -76,7 +76,7 @@ def finetune_settings(given: dict, saved: dict) -> dict:
     recipe = RECIPES[given.get("data", saved["data"])]
     size = saved["img_size"] * 3 // 2 // saved["patch_size"] * saved["patch_size"]
     settings = complete(inherited | {"img_size": size} | recipe | given)
-    if not given["out"]:
+    if not given.get("out"):
         settings["out"] = (
             f"runs/{settings['data']}-{settings['model']}-{settings['distill']}-{settings['img_size']}px"
         )

@@ -47,9 +47,19 @@ class Attention(nn.Module):
         # (B, N, 3·D) -> (B, N, 3, heads, D/heads) -> 3 × (B, heads, N, D/heads)
         return self.qkv(x).unflatten(-1, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4).unbind(0)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def split_front(self, x: Tensor, front: int) -> tuple[Tensor, Tensor, Tensor]:
+        """The same with the queries of the first `front` tokens alone."""
+        dim = x.shape[-1]
+        (w_q, w_kv), (b_q, b_kv) = (p.split((dim, 2 * dim)) for p in (self.qkv.weight, self.qkv.bias))
+        q = F.linear(x[:, :front], w_q, b_q).unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
+        k, v = F.linear(x, w_kv, b_kv).unflatten(-1, (2, self.num_heads, -1)).permute(2, 0, 3, 1, 4)
+        return q, k, v
+
+    def forward(self, x: Tensor, front: int | None = None) -> Tensor:
+        """All tokens attend, or with `front` only the first so many: (B, N, D) -> (B, front or N, D)."""
+        q, k, v = self.split(x) if front is None else self.split_front(x, front)
         # The fused kernel computes what `attend` does without ever storing the (N, N) weights.
-        out = F.scaled_dot_product_attention(*self.split(x))
+        out = F.scaled_dot_product_attention(q, k, v)
         return self.dropout(self.proj(out.transpose(1, 2).flatten(2)))  # (B, heads, N, D/heads) -> (B, N, D)
 
     def weights(self, x: Tensor) -> Tensor:
@@ -98,8 +108,9 @@ class Block(nn.Module):
         self.mlp = MLP(dim, dropout)
         self.drop_path = DropPath(drop_path)
 
-    def forward(self, x: Tensor) -> Tensor:
-        x = x + self.drop_path(self.attn(self.norm1(x)))
+    def forward(self, x: Tensor, front: int | None = None) -> Tensor:
+        """(B, N, D) -> (B, N, D), or with `front` the first so many tokens of it: (B, front, D)."""
+        x = x[:, :front] + self.drop_path(self.attn(self.norm1(x), front))
         return x + self.drop_path(self.mlp(self.norm2(x)))
 
 
@@ -179,9 +190,10 @@ class DeiT(nn.Module):
         When distilled: the pair (class logits, distillation logits), in training and in evaluation alike.
         """
         x = self.embed(images)
-        for block in self.blocks:
+        for block in self.blocks[:-1]:
             x = block(x)
-        x = self.norm(x[:, :2])  # the heads read nothing but the front tokens
+        # The heads read the front tokens alone, so the last block computes nothing else of its output.
+        x = self.norm(self.blocks[-1](x, front=2 if self.distilled else 1))
         return (self.head(x[:, 0]), self.head_dist(x[:, 1])) if self.distilled else self.head(x[:, 0])
 
     def attention_weights(self, images: Tensor) -> list[Tensor]:

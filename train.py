@@ -29,9 +29,11 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from augment import Augment, RepeatedAugmentSampler, keyed_generator, normalize
 from data import DATA_NAMES, ArraySet, FolderSet, eval_batches, load_data, train_batches
 from distill import (
+    check_name,
     create_convnet,
     create_teacher,
     hard_distillation_loss,
+    is_url,
     label_loss,
     read_checkpoint,
     soft_distillation_loss,
@@ -71,25 +73,25 @@ SETTINGS = {
     "what to train on what": {
         "data": ("shapes", DATA_NAMES, "data set, with its recipe"),
         "data_path": ("data", str, "where downloads go, or a tree with train/CLASS/* and val/CLASS/*"),
-        "model": ("tiny", str, "tiny, small, base, or a teacher: regnet_y_200mf, _4gf, _8gf, _12gf, _16gf or any "
-                               "classifier of torchvision"),
+        "model": ("tiny", str, "tiny, small, base, or a teacher: regnet_y_200mf, _4gf, _8gf, _12gf, _16gf or "
+                               "any classifier of torchvision"),
         "img_size": (224, COUNT, "side of the square images, pixels"),
         "patch_size": (16, COUNT, "side of a patch, pixels; divides the image size"),
     },
     "distillation (section 4)": {
-        "distill": ("none", ("none", "soft", "hard", "label"), "soft: equation 2; hard: equation 3; label: a second "
-                    "token trained on the true label, the paper's control"),
-        "no_distill_token": (False, bool, "distil into the class token alone (Table 3, second and third row)"),
+        "distill": ("none", ("none", "soft", "hard", "label"), "soft: equation 2; hard: equation 3; label: a "
+                    "second token trained on the true label, the paper's control"),
+        "no_distill_token": (False, bool, "distil into the class token alone (Table 3, rows 2 and 3)"),
         "teacher": ("regnet_y_16gf", str, "the teacher's network, as in --model"),
-        "teacher_weights": ("", str, "'published' (torchvision's), or a checkpoint's path or URL; where there are none, "
-                                     "a teacher is trained first on the same data and kept beside the run"),
+        "teacher_weights": ("", str, "'published' (torchvision's), or a checkpoint's path or URL; without it "
+                            "a teacher is trained first on the same data and kept beside the run"),
         "teacher_epochs": (300, COUNT, "epochs of a teacher"),
         "tau": (3.0, number(float, 1e-6), "temperature τ of soft distillation"),
         "lam": (0.1, SHARE, "weight λ of the teacher's term in soft distillation"),
     },
     "augmentation and regularisation (Table 7)": {
-        "augment": ("randaugment", ("randaugment", "autoaugment", "none", "off"), "besides crop and flip; none: colour "
-                    "jitter instead; off: no crop and flip either"),
+        "augment": ("randaugment", ("randaugment", "autoaugment", "none", "off"), "besides crop and flip; "
+                    "none: colour jitter instead; off: no crop and flip either"),
         "mixup": (0.8, POSITIVE, "Mixup's Beta parameter α, 0 is off"),
         "cutmix": (1.0, POSITIVE, "CutMix's Beta parameter α, 0 is off"),
         "erasing": (0.25, SHARE, "probability of random erasing"),
@@ -97,7 +99,8 @@ SETTINGS = {
         "smoothing": (0.1, RATE, "label smoothing ε of the true labels"),
         "dropout": (0.0, RATE, "dropout probability"),
         "drop_path": (0.1, RATE, "stochastic depth: the probability that drops the last block"),
-        "ema": (0.0, RATE, "decay of the weights' moving average (the authors' 0.99996), which is then evaluated; 0 is off"),
+        "ema": (0.0, RATE, "decay of the weights' moving average (the authors' 0.99996), which is then what "
+                           "is evaluated; 0 is off"),
     },
     "optimisation (Table 9)": {
         "optimizer": ("adamw", ("adamw", "sgd"), "sgd has Nesterov momentum 0.9"),
@@ -112,8 +115,8 @@ SETTINGS = {
         "accumulate": (1, COUNT, "parts into which each process cuts its share of a batch, to save memory"),
     },
     "running": {
-        "precision": ("auto", ("auto", "fp32", "bf16", "fp16"), "auto: bf16 on a GPU that has it, else fp16; fp32 "
-                      "elsewhere"),
+        "precision": ("auto", ("auto", "fp32", "bf16", "fp16"), "auto: bf16 on a GPU that has it, else fp16; "
+                      "fp32 elsewhere"),
         "compile": (False, bool, "use torch.compile"),
         "device": ("auto", DEVICES, "auto takes a GPU where there is one"),
         "workers": (-1, number(int, -1), "processes that read image files, -1 chooses"),
@@ -132,11 +135,13 @@ RECIPES = {
     "cifar10": dict(SMALL, img_size=32, patch_size=4, epochs=100, batch_size=256, lr=1e-3),
     "cifar100": dict(SMALL, img_size=32, patch_size=4, epochs=100, batch_size=256, lr=1e-3),
     "folder": dict(SMALL, epochs=100, batch_size=64, lr=1e-3),
-    "shapes": dict(SMALL, img_size=32, patch_size=8, epochs=6, batch_size=64, lr=5e-3, warmup_epochs=1.0, teacher_epochs=5),
+    "shapes": dict(SMALL, img_size=32, patch_size=8, epochs=7, batch_size=64, lr=4e-3, warmup_epochs=0.5,
+                   drop_path=0.0, teacher_epochs=5),
 }  # fmt: skip
-# What a convnet changes: teachers have "the same data and same data-augmentation", but SGD (section 5.2,
-# Table 2).
+# What a convnet changes: SGD. Teachers have "the same data and same data-augmentation" (section 5.2),
+# but for shapes, where a teacher has one minute: too little for the whole of it.
 CONVNET = dict(optimizer="sgd", lr=0.8, min_lr=0.0, weight_decay=5e-5, drop_path=0.0, distill="none")
+CONVNET_RECIPES = {"shapes": dict(lr=0.4, augment="none", mixup=0.0, cutmix=0.0)}
 # These do not change what a run computes: a resumed run may have others, a trained teacher serves for all of
 # them.
 INCIDENTAL = {"out", "workers", "device", "compile", "resume", "overwrite"}
@@ -152,13 +157,9 @@ class Parser(argparse.ArgumentParser):
 def add_flag(parser: argparse.ArgumentParser, name: str, default, kind, text: str) -> None:
     """The flag of one setting. It is in the parsed namespace only if it was given: recipes have the
     defaults."""
-    more = (
-        {"action": "store_true"}
-        if kind is bool
-        else {"choices": kind}
-        if isinstance(kind, tuple)
-        else {"type": kind}
-    )
+    more = {"choices": kind} if isinstance(kind, tuple) else {"type": kind}
+    if kind is bool:
+        more = {"action": "store_true"}
     shown = "" if default in ("", False) else f" [{default}]"
     parser.add_argument("--" + name.replace("_", "-"), default=argparse.SUPPRESS, help=text + shown, **more)
 
@@ -176,9 +177,10 @@ def build_parser(prog: str, description: str) -> argparse.ArgumentParser:
 
 def complete(given: dict) -> dict:
     """All settings of a run: the flags given, over the data set's recipe, over the paper's."""
-    settings = PAPER | RECIPES[given.get("data", PAPER["data"])]
+    data = given.get("data", PAPER["data"])
+    settings = PAPER | RECIPES[data]
     if given.get("model", settings["model"]) not in SIZES:
-        settings |= CONVNET | {"epochs": settings["teacher_epochs"]}
+        settings |= CONVNET | CONVNET_RECIPES.get(data, {}) | {"epochs": settings["teacher_epochs"]}
     settings |= given
     if not settings["out"]:
         settings["out"] = f"runs/{settings['data']}-{settings['model']}-{settings['distill']}"
@@ -342,6 +344,11 @@ def headline(accuracy: dict[str, float]) -> str:
     return "  ".join(f"{head} {share:.2f} %" for head, share in accuracy.items())
 
 
+def chief(accuracy: dict[str, float]) -> float:
+    """The accuracy by which checkpoints are compared: the fused prediction's where there is one."""
+    return accuracy.get("fused", accuracy["class"])
+
+
 def workers(settings: dict, place: Place) -> int:
     """How many processes read image files for this one."""
     if settings["workers"] >= 0:
@@ -394,14 +401,15 @@ def restore(settings: dict, given: dict) -> tuple[dict, dict]:
     return saved | {name: settings[name] for name in INCIDENTAL}, checkpoint
 
 
-def prepare_directory(out: Path, fresh: bool) -> None:
-    """Makes the run's directory, empty of an earlier run if this is a fresh one."""
+def prepare_directory(out: Path, settings: dict, fresh: bool) -> None:
+    """Makes a run's directory with its settings, empty of an earlier run if this is a fresh one."""
     try:
         out.mkdir(parents=True, exist_ok=True)
         for stale in ("last.pth", "best.pth", "log.jsonl") if fresh else ():
             (out / stale).unlink(missing_ok=True)
     except OSError as error:
         raise UsageError(f"cannot write to {out}: {error.strerror}; choose another --out") from error
+    write_whole(out / "settings.json", lambda file: file.write(json.dumps(settings, indent=2).encode()))
 
 
 # ---- The loop ----
@@ -421,16 +429,69 @@ class Progress:
     def due(self) -> bool:
         return time.monotonic() - self.shown > (0.5 if self.live else 15)
 
+    def line(self, text: str, end: str = "\n") -> None:
+        if self.place.rank == 0:
+            print(f"{CLEAR if self.live else ''}{text}", end=end, flush=True)
+
     def show(self, step: int, epoch: int, loss: float, lr: float) -> None:
         self.shown = time.monotonic()
         elapsed, done = self.shown - self.started, step - self.first
-        left = elapsed / done * (self.steps - step)
-        line = (
-            f"epoch {epoch + 1}  step {step}/{self.steps}  loss {loss:.3f}  lr {lr:.2e}  "
-            f"{done * self.batch_size / elapsed:.0f} images/s  {left / 60:.0f}:{left % 60:02.0f} left"
+        rate, left = done * self.batch_size / elapsed, elapsed / done * (self.steps - step)
+        text = (
+            f"epoch {epoch + 1}  step {step}/{self.steps}  loss {loss:.3f}  lr {lr:.2e}  {rate:.0f} images/s"
         )
-        if self.place.rank == 0:
-            print(f"{CLEAR}{line}" if self.live else line, end="" if self.live else "\n", flush=True)
+        self.line(f"{text}  {left // 60:.0f}:{left % 60:02.0f} left", end="" if self.live else "\n")
+
+
+class Run:
+    """All that changes while a network is trained, and that a checkpoint therefore holds."""
+
+    def __init__(self, settings: dict, device: torch.device):
+        self.settings = settings
+        self.network = build_network(settings, len(settings["classes"])).to(device)
+        if settings["model"] not in SIZES:  # convolutions are faster so
+            self.network = self.network.to(memory_format=torch.channels_last)
+        self.optimizer = build_optimizer(self.network, settings)
+        self.scaler = torch.amp.GradScaler(device.type, enabled=precision(settings, device) == torch.float16)
+        self.average = None
+        if settings["ema"]:
+            decay = get_ema_multi_avg_fn(settings["ema"])
+            self.average = AveragedModel(self.network, multi_avg_fn=decay, use_buffers=True)
+        self.step = 0  # steps done
+        self.log: list[dict] = []  # one record an epoch
+
+    def evaluated(self) -> nn.Module:
+        """The network whose accuracy counts."""
+        return self.network if self.average is None else self.average.module
+
+    def contents(self) -> dict:
+        """The checkpoint."""
+        return {
+            "model": self.network.state_dict(),
+            "ema": None if self.average is None else self.average.module.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "scaler": self.scaler.state_dict(),
+            "progress": {"step": self.step, "log": self.log},
+            "settings": self.settings,
+        }
+
+    def restore(self, contents: dict) -> None:
+        """Continues from a checkpoint."""
+        self.network.load_state_dict(contents["model"])
+        self.optimizer.load_state_dict(contents["optimizer"])
+        self.scaler.load_state_dict(contents["scaler"])
+        if self.average is not None:
+            self.average.module.load_state_dict(contents["ema"])
+            self.average.n_averaged.fill_(1)  # at 0 it would take the network's weights instead of averaging
+        self.step, self.log = contents["progress"]["step"], contents["progress"]["log"]
+
+    def save(self, out: Path) -> None:
+        """Writes last.pth, best.pth if the newest epoch is the best so far, and the log."""
+        contents, scores = self.contents(), [chief(record["accuracy"]) for record in self.log]
+        for name in ["best.pth", "last.pth"] if scores[-1] > max(scores[:-1], default=-1) else ["last.pth"]:
+            write_whole(out / name, lambda file: torch.save(contents, file))
+        text = "".join(json.dumps(record) + "\n" for record in self.log)
+        write_whole(out / "log.jsonl", lambda file: file.write(text.encode()))
 
 
 def train(
@@ -445,83 +506,54 @@ def train(
 
     `checkpoint` is what to continue from, {} for a fresh run; `initial` may change a fresh network's weights.
     """
-    out = Path(settings["out"])
-    if place.rank == 0:
-        prepare_directory(out, fresh=not checkpoint)
-    train_set, val_set = data
-    parts = place.world * settings["accumulate"]
-    part_size = settings["batch_size"] // parts  # images in one forward pass of one process
-    seed, device = settings["seed"], place.device
-
-    network = build_network(settings, len(train_set.classes)).to(device)
-    if initial is not None and not checkpoint:
-        initial(network)
-    if settings["model"] not in SIZES:
-        network = network.to(memory_format=torch.channels_last)
-    average = (
-        AveragedModel(network, multi_avg_fn=get_ema_multi_avg_fn(settings["ema"]), use_buffers=True)
-        if settings["ema"]
-        else None
-    )
-    optimizer = build_optimizer(network, settings)
-    scaler = torch.amp.GradScaler(device.type, enabled=precision(settings, device) == torch.float16)
-    augment = Augment(
-        len(train_set.classes),
-        settings["augment"],
-        settings["erasing"],
-        settings["mixup"],
-        settings["cutmix"],
-        settings["smoothing"],
-    )
+    (train_set, val_set), out, device, seed = data, Path(settings["out"]), place.device, settings["seed"]
+    settings = settings | {"classes": train_set.classes}
+    part_size = settings["batch_size"] // (place.world * settings["accumulate"])  # images a forward pass
     sampler = RepeatedAugmentSampler(len(train_set), place.world, place.rank, settings["repeats"], seed)
     per_epoch = len(sampler) // (part_size * settings["accumulate"])
     if per_epoch == 0:
+        epoch_size = len(sampler) * place.world
         raise UsageError(
-            f"--batch-size {settings['batch_size']} is more than the {len(sampler) * place.world} images "
-            "of an epoch; lower it"
+            f"--batch-size {settings['batch_size']} is more than an epoch's {epoch_size} images; lower it"
         )
     steps, warmup = settings["epochs"] * per_epoch, round(settings["warmup_epochs"] * per_epoch)
 
-    first, losses, best = 0, 0.0, -1.0
+    run = Run(settings, device)
     if checkpoint:
-        network.load_state_dict(checkpoint["model"])
-        optimizer.load_state_dict(checkpoint["optimizer"])
-        scaler.load_state_dict(checkpoint["scaler"])
-        if average is not None:
-            average.module.load_state_dict(checkpoint["ema"])
-            average.n_averaged.fill_(1)
-        first, best = checkpoint["progress"]["step"], checkpoint["progress"]["best"]
-        say(place, f"resuming {out} after epoch {first // per_epoch}")
-    elif place.rank == 0:
-        text = json.dumps(settings | {"classes": train_set.classes}, indent=2)
-        write_whole(out / "settings.json", lambda file: file.write(text.encode()))
-
-    model = torch.compile(network) if settings["compile"] else network
+        run.restore(checkpoint)
+        say(place, f"resuming {out} after epoch {run.step // per_epoch}")
+    elif initial is not None:
+        initial(run.network)
+    if place.rank == 0:
+        prepare_directory(out, settings, fresh=not checkpoint)
+    model = torch.compile(run.network) if settings["compile"] else run.network
     if place.world > 1:
         model = DistributedDataParallel(model, device_ids=[device] if device.type == "cuda" else None)
-    evaluated = average.module if average is not None else network
-    loss_of = loss_function(settings, teacher)
     batches = train_batches(
         train_set,
         settings["img_size"],
         part_size,
         sampler,
-        start=first * settings["accumulate"],
+        start=run.step * settings["accumulate"],
         stop=steps * settings["accumulate"],
         crop=settings["augment"] != "off",
         workers=workers(settings, place),
         device=device,
     )
-    accuracy = {}
-    progress = Progress(place, first, steps, settings["batch_size"])
-    loss_sum = torch.zeros((), device=device)
+    augment = Augment(
+        len(train_set.classes),
+        *(settings[name] for name in ("augment", "erasing", "mixup", "cutmix", "smoothing")),
+    )
+    loss_of = loss_function(settings, teacher)
+    loss_sum = torch.zeros((), device=device)  # over the epoch so far; read only now and then
+    progress = Progress(place, run.step, steps, settings["batch_size"])
     model.train()
-    for step in range(first, steps):
-        lr = learning_rate(step, steps, warmup, settings)
-        for group in optimizer.param_groups:
+    while run.step < steps:
+        lr = learning_rate(run.step, steps, warmup, settings)
+        for group in run.optimizer.param_groups:
             group["lr"] = lr
         for part in range(settings["accumulate"]):
-            key = (seed, step, part, place.rank)
+            key = (seed, run.step, part, place.rank)
             torch.manual_seed(keyed_generator("model", *key).initial_seed())  # dropout and stochastic depth
             images, labels = next(batches)
             inputs, targets = augment(images, labels, keyed_generator("augment", *key))
@@ -529,61 +561,41 @@ def train(
             with nullcontext() if last_part or place.world == 1 else model.no_sync():
                 with autocast(settings, device):
                     loss = loss_of(model(inputs), targets, inputs) / settings["accumulate"]
-                scaler.scale(loss).backward()
+                run.scaler.scale(loss).backward()
             loss_sum += loss.detach()
         if settings["clip_grad"]:
-            scaler.unscale_(optimizer)
-            nn.utils.clip_grad_norm_(network.parameters(), settings["clip_grad"])
-        scaler.step(optimizer)
-        scaler.update()
-        optimizer.zero_grad()
-        if average is not None:
-            average.update_parameters(network)
+            run.scaler.unscale_(run.optimizer)
+            nn.utils.clip_grad_norm_(run.network.parameters(), settings["clip_grad"])
+        run.scaler.step(run.optimizer)
+        run.scaler.update()
+        run.optimizer.zero_grad()
+        if run.average is not None:
+            run.average.update_parameters(run.network)
+        run.step += 1
 
-        epoch, place_in_epoch = divmod(step, per_epoch)
-        epoch_ends = place_in_epoch == per_epoch - 1
-        if progress.due() or epoch_ends:
-            mean_loss = loss_sum.item() / (place_in_epoch + 1)
+        epoch, done = (run.step - 1) // per_epoch, (run.step - 1) % per_epoch + 1
+        if progress.due() or done == per_epoch:
+            mean_loss = loss_sum.item() / done
             if not math.isfinite(mean_loss):
                 raise UsageError(
-                    f"the loss is {mean_loss} in step {step} at learning rate {lr:.2e}; try a lower --lr "
-                    f"or --precision fp32. The last good checkpoint is {out / 'last.pth'}"
+                    f"the loss is {mean_loss} after step {run.step} at learning rate {lr:.2e}; try a lower "
+                    f"--lr or --precision fp32. The last good checkpoint is {out / 'last.pth'}"
                 )
-            progress.show(step + 1, epoch, mean_loss, lr)
-        if epoch_ends:
-            losses = total(loss_sum / per_epoch, place).item() / place.world
-            accuracy = evaluate(evaluated, val_set, settings, place)
-            model.train()
-            loss_sum.zero_()
-            record = {"epoch": epoch + 1, "step": step + 1, "lr": lr, "loss": losses, "accuracy": accuracy}
-            chief = accuracy.get("fused", accuracy["class"])
-            contents = {
-                "model": network.state_dict(),
-                "optimizer": optimizer.state_dict(),
-                "scaler": scaler.state_dict(),
-                "settings": settings | {"classes": train_set.classes},
-                "progress": {
-                    "step": step + 1,
-                    "epochs_left": settings["epochs"] - epoch - 1,
-                    "best": max(best, chief),
-                    "accuracy": accuracy,
-                },
-            }
-            if average is not None:
-                contents["ema"] = average.module.state_dict()
+            progress.show(run.step, epoch, mean_loss, lr)
+        if done == per_epoch:
+            mean_loss = total(loss_sum, place).item() / place.world / per_epoch
+            accuracy = evaluate(run.evaluated(), val_set, settings, place)
+            run.log.append(
+                {"epoch": epoch + 1, "step": run.step, "lr": lr, "loss": mean_loss, "accuracy": accuracy}
+            )
             if place.rank == 0:
-                with open(out / "log.jsonl", "a") as log:
-                    log.write(json.dumps(record) + "\n")
-                if chief > best:
-                    write_whole(out / "best.pth", lambda file, contents=contents: torch.save(contents, file))
-                write_whole(out / "last.pth", lambda file, contents=contents: torch.save(contents, file))
-                print(
-                    f"{CLEAR if progress.live else ''}epoch {epoch + 1}/{settings['epochs']}  loss {losses:.3f}"
-                    f"  val {headline(accuracy)}",
-                    flush=True,
-                )
-            best = max(best, chief)
-    return accuracy or checkpoint["progress"]["accuracy"]
+                run.save(out)
+            progress.line(
+                f"epoch {epoch + 1}/{settings['epochs']}  loss {mean_loss:.3f}  val {headline(accuracy)}"
+            )
+            loss_sum.zero_()
+            model.train()
+    return run.log[-1]["accuracy"]
 
 
 def check(settings: dict, place: Place) -> None:
@@ -594,8 +606,14 @@ def check(settings: dict, place: Place) -> None:
             f"--batch-size {settings['batch_size']} does not divide into {place.world} processes × "
             f"{settings['accumulate']} parts; try {math.ceil(settings['batch_size'] / parts) * parts}"
         )
+    for name in (settings["model"], settings["teacher"]):
+        check_name(name)
     if settings["model"] in SIZES:
-        create_model(settings["model"], img_size=settings["img_size"], patch_size=settings["patch_size"])
+        with torch.device("meta"):  # refuses impossible sizes without building anything
+            create_model(settings["model"], img_size=settings["img_size"], patch_size=settings["patch_size"])
+    weights = settings["teacher_weights"]
+    if weights and weights != "published" and not is_url(weights) and not Path(weights).is_file():
+        raise UsageError(f"there is no file {weights}; --teacher-weights takes a checkpoint's path or URL")
     if settings["distill"] == "label" and (settings["no_distill_token"] or settings["model"] not in SIZES):
         raise UsageError(
             "--distill label is about a second token; it needs a transformer and no --no-distill-token"
@@ -620,7 +638,17 @@ def train_teacher(
     It is kept beside the student's run. The directory's name ends in a hash of all that decides what the
     teacher becomes, so that students of any settings and seeds share one, and another data set never does.
     """
-    shared = ("data", "data_path", "img_size", "patch_size", "precision", "device", "workers")
+    shared = (
+        "data",
+        "data_path",
+        "img_size",
+        "patch_size",
+        "batch_size",
+        "accumulate",
+        "precision",
+        "device",
+        "workers",
+    )
     own = {name: settings[name] for name in shared} | {
         "model": settings["teacher"],
         "distill": "none",
@@ -634,17 +662,15 @@ def train_teacher(
     own["out"] = str(Path(settings["out"]).parent / name)
     last = Path(own["out"]) / "last.pth"
     own, checkpoint = restore(own, given={})
-    if checkpoint and checkpoint["progress"]["epochs_left"] == 0:
-        say(
-            place,
-            f"teacher: {last}, trained earlier, {checkpoint['progress']['accuracy']['class']:.2f} % top-1",
-        )
+    log = checkpoint["progress"]["log"] if checkpoint else []
+    if len(log) == own["epochs"]:
+        say(place, f"teacher: {last}, trained earlier, {chief(log[-1]['accuracy']):.2f} % top-1")
         return str(last)
     say(
         place, f"teacher: training a {own['model']} first, {own['epochs']} epochs; it is kept in {own['out']}"
     )
     accuracy = train(own, data, None, place, checkpoint, initial)
-    say(place, f"teacher: {accuracy['class']:.2f} % top-1")
+    say(place, f"teacher: {chief(accuracy):.2f} % top-1")
     if place.world > 1:
         dist.barrier()  # the file is whole before anyone reads it
     return str(last)
@@ -671,8 +697,7 @@ def describe(settings: dict, data: list[ArraySet | FolderSet], place: Place) -> 
     say(
         place,
         f"{settings['data']}: {len(train_set)} training and {len(val_set)} validation images, "
-        f"{len(train_set.classes)} classes; {place.world} process{'es' * (place.world > 1)} on {place.device}, "
-        f"torch {torch.__version__}",
+        f"{len(train_set.classes)} classes; {place.device} × {place.world}, torch {torch.__version__}",
     )
     line = ""
     for name, value in settings.items():
@@ -702,7 +727,7 @@ def finish(settings: dict, accuracy: dict[str, float], started: float, place: Pl
     minutes = (time.monotonic() - started) / 60
     say(
         place,
-        f"\n{settings['model']} on {settings['data']}, top-1 of the validation set after {minutes:.1f} minutes:",
+        f"\n{settings['model']} on {settings['data']}, top-1 in validation, after {minutes:.1f} minutes:",
     )
     for head, share in accuracy.items():
         say(place, f"  {head:12} {share:6.2f} %")
