@@ -59,8 +59,8 @@ def draw_shape(seed: int, split: str, index: int, size: int) -> tuple[Image.Imag
     """Image `index` of a split: RGB (size, size) and its label, index mod 10, always the same for the same
     arguments.
 
-    Easy cues tell a class half of the time (its colour, its texture: solid, stripes or dots); otherwise
-    colour and texture are anyone's. The outline always tells it, under shift, scale, rotation up to 30
+    Easy cues tell a class more often than not (its colour; its texture: solid, stripes or dots); otherwise
+    colour and texture are anyone's. The outline always tells it, under shift, scale, rotation by up to 20
     degrees and clutter.
     """
     rng, label = random.Random(f"{seed}/{split}/{index}"), index % 10
@@ -74,7 +74,7 @@ def draw_shape(seed: int, split: str, index: int, size: int) -> tuple[Image.Imag
 
     image = Image.new("RGB", (side, side), colour(rng.random(), (0.1, 0.45)))
     draw = ImageDraw.Draw(image)
-    for _ in range(rng.randint(2, 5)):  # clutter: dim blobs and lines behind the shape
+    for _ in range(rng.randint(1, 3)):  # clutter: dim blobs and lines behind the shape
         x, y, r = rng.uniform(0, side), rng.uniform(0, side), rng.uniform(0.03, 0.12) * side
         shade = colour(rng.random(), (0.2, 0.8))
         if rng.random() < 0.5:
@@ -99,7 +99,7 @@ def draw_shape(seed: int, split: str, index: int, size: int) -> tuple[Image.Imag
 
     angle, radius = rng.uniform(-1, 1) * np.pi / 9, rng.uniform(0.33, 0.43) * side
     turn = np.array([[np.cos(angle), np.sin(angle)], [-np.sin(angle), np.cos(angle)]])
-    centre = np.array([rng.uniform(0.42, 0.58) * side, rng.uniform(0.42, 0.58) * side])
+    centre = np.array([rng.uniform(0.43, 0.57) * side, rng.uniform(0.43, 0.57) * side])
     corners = OUTLINES[SHAPES[label]] @ turn
     mask = Image.new("L", (side, side))
     ImageDraw.Draw(mask).polygon([tuple(p) for p in corners * radius + centre], fill=255)

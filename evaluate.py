@@ -42,60 +42,68 @@ def accuracy(arguments: argparse.Namespace) -> None:
 # ---- augmentations: the contact sheet ----
 
 MAGNITUDES = (1, 3, 5, 7, 9, 10)
-SIDE = 96  # pixels of a picture on the sheet
+SIDE, MARGIN, TEXT = 72, 80, 26  # pixels: of a picture, of the titles on the left, of the captions below
 
 
-def picture(image: Tensor) -> Image.Image:
-    """uint8 (3, H, W) as a picture of the sheet's size."""
-    return Image.fromarray(image.permute(1, 2, 0).numpy()).resize((SIDE, SIDE), Image.Resampling.BICUBIC)
+def sheet(rows: list[tuple[str, Tensor, list[str]]]) -> Image.Image:
+    """A picture of rows of images: each row has a title, images uint8 (n, 3, H, W) and a caption for each."""
+    step = SIDE + TEXT
+    page = Image.new(
+        "RGB", (MARGIN + max(len(images) for _, images, _ in rows) * (SIDE + 4), len(rows) * step), "white"
+    )
+    draw = ImageDraw.Draw(page)
+    for row, (title, images, captions) in enumerate(rows):
+        draw.text((4, row * step + SIDE // 2), title, fill="black")
+        for column, (image, caption) in enumerate(zip(images, captions, strict=True)):
+            left = MARGIN + column * (SIDE + 4)
+            picture = Image.fromarray(image.permute(1, 2, 0).numpy())
+            page.paste(picture.resize((SIDE, SIDE), Image.Resampling.BICUBIC), (left, row * step))
+            draw.text((left, row * step + SIDE), caption, fill="black", font_size=9)
+    return page
 
 
 def augmentations(arguments: argparse.Namespace) -> None:
-    """A labelled sheet: every operation of RandAugment at several magnitudes, then whole batches with their
+    """A labelled sheet: RandAugment's operations at several magnitudes, and whole batches with their
     targets."""
     if arguments.images:
-        sources = [read_image(path).resize((224, 224), Image.Resampling.BICUBIC) for path in arguments.images]
-        images, names = (
-            torch.stack([to_tensor(image) for image in sources]),
-            [Path(p).stem for p in arguments.images],
-        )
+        size = (224, 224)
+        images = [
+            to_tensor(read_image(path).resize(size, Image.Resampling.BICUBIC)) for path in arguments.images
+        ]
+        folders = [Path(path).absolute().parent.name for path in arguments.images]
+        images, classes = torch.stack(images), sorted(set(folders))
+        labels = torch.tensor([classes.index(folder) for folder in folders])
     else:
         drawn = draw_shapes("val", 10, 64, torch.device("cpu"))
-        images, names = drawn.images, drawn.classes
-    first, margin, text = images[:1], 100, 14
-    mixed = [("Mixup", {"mixup": 0.8, "cutmix": 0.0}), ("CutMix", {"mixup": 0.0, "cutmix": 1.0})]
-    sheet = Image.new(
-        "RGB", (margin + len(MAGNITUDES) * SIDE, text + len(OPERATIONS) * SIDE + 2 * (SIDE + text)), "white"
-    )
-    draw = ImageDraw.Draw(sheet)
-    for column, magnitude in enumerate(MAGNITUDES):
-        draw.text((margin + column * SIDE + 4, 1), f"magnitude {magnitude}", fill="black")
-    for row, (name, operation) in enumerate(OPERATIONS.items()):
-        top = text + row * SIDE
-        draw.text((4, top + SIDE // 2), name, fill="black")
-        for column, magnitude in enumerate(MAGNITUDES):
-            sign = torch.tensor([1.0 if column % 2 else -1.0], dtype=torch.float64)
-            argument = RANDAUGMENT_ARGUMENTS[name](torch.tensor([magnitude / 10], dtype=torch.float64), sign)
-            sheet.paste(picture(operation(first, argument.float())[0]), (margin + column * SIDE, top))
-    for row, (name, alphas) in enumerate(mixed):
-        top = text + len(OPERATIONS) * SIDE + row * (SIDE + text)
-        draw.text((4, top + SIDE // 2), f"whole path,\n{name}", fill="black")
-        generator = keyed_generator("sheet", arguments.seed, name)
-        batch = torch.arange(len(MAGNITUDES)) % len(images)
-        cropped = random_crop(images[batch], images.shape[3], generator)
-        inputs, targets = Augment(len(images), smoothing=0.0, **alphas)(cropped, batch, generator)
-        shown = inputs * torch.tensor(STD).view(3, 1, 1) + torch.tensor(MEAN).view(3, 1, 1)
-        for column, (image, target) in enumerate(
-            zip((shown * 255).clamp(0, 255).byte(), targets, strict=True)
-        ):
-            sheet.paste(picture(image), (margin + column * SIDE, top))
-            parts = [
-                f"{100 * share:.0f}% {names[label]}"
-                for label, share in enumerate(target.tolist())
-                if share > 0.005
+        images, labels, classes = drawn.images, drawn.labels, drawn.classes
+
+    rows, count = [], len(MAGNITUDES)
+    m = torch.tensor(MAGNITUDES, dtype=torch.float64) / 10
+    sign = torch.tensor([-1.0, 1.0], dtype=torch.float64).repeat(count)[:count]
+    for name, operation in OPERATIONS.items():
+        values = RANDAUGMENT_ARGUMENTS[name](m, sign).float()
+        captions = [f"magnitude {magnitude}" for magnitude in MAGNITUDES]
+        if name not in ("AutoContrast", "Equalize", "Invert"):
+            captions = [
+                f"{caption}\n{value:.3g}" for caption, value in zip(captions, values.tolist(), strict=True)
             ]
-            draw.text((margin + column * SIDE + 2, top + SIDE), " ".join(parts), fill="black", font_size=9)
-    sheet.save(arguments.out)
+        rows.append((name, operation(images[-1:].expand(count, -1, -1, -1), values), captions))
+
+    batch = torch.arange(count) % len(images)
+    for name, alphas in (("Mixup", {"mixup": 0.8, "cutmix": 0.0}), ("CutMix", {"mixup": 0.0, "cutmix": 1.0})):
+        generator = keyed_generator("sheet", arguments.seed, name)
+        cropped = random_crop(images[batch], images.shape[3], generator)
+        augment = Augment(len(classes), smoothing=0.0, **alphas)
+        inputs, targets = augment(cropped, labels[batch], generator)
+        shown = 255 * (inputs * torch.tensor(STD).view(3, 1, 1) + torch.tensor(MEAN).view(3, 1, 1))
+        shares = [
+            [(share, label) for label, share in enumerate(target) if share > 0] for target in targets.tolist()
+        ]
+        captions = [
+            "\n".join(f"{100 * share:.0f}% {classes[label]}" for share, label in parts) for parts in shares
+        ]
+        rows.append((f"whole path,\n{name}", shown.round().clamp(0, 255).byte(), captions))
+    sheet(rows).save(arguments.out, optimize=True)
     print(f"wrote {arguments.out}")
 
 
@@ -124,7 +132,10 @@ def main() -> None:
         allow_abbrev=False,
     )
     word.add_argument(
-        "images", nargs="*", metavar="IMAGE", help="image files, one class each [ten drawn shapes]"
+        "images",
+        nargs="*",
+        metavar="IMAGE",
+        help="image files; their folders name their classes [ten drawn shapes]",
     )
     word.add_argument("--out", metavar="PNG", default="augmentations.png", help="[augmentations.png]")
     word.add_argument("--seed", type=int, default=0, help="of the whole batches [0]")

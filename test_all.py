@@ -925,7 +925,7 @@ def test_the_contact_sheet_shows_every_operation(tmp_path, monkeypatch):
     measure.main()
     with Image.open(tmp_path / "sheet.png") as sheet:
         pixels = np.asarray(sheet)
-    rows = [pixels[14 + 96 * row : 110 + 96 * row, 100:] for row in range(15)]
+    rows = [pixels[98 * row : 98 * row + 72, 80:] for row in range(15)]
     assert len({row.tobytes() for row in rows}) == 15
 
 

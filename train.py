@@ -136,7 +136,7 @@ RECIPES = {
     "cifar100": dict(SMALL, img_size=32, patch_size=4, epochs=100, batch_size=256, lr=1e-3),
     "folder": dict(SMALL, epochs=100, batch_size=64, lr=1e-3),
     "shapes": dict(SMALL, img_size=32, patch_size=8, epochs=7, batch_size=64, lr=4e-3, warmup_epochs=0.5,
-                   drop_path=0.0, teacher_epochs=5),
+                   drop_path=0.0, teacher_epochs=4),
 }  # fmt: skip
 # What a convnet changes: SGD. Teachers have "the same data and same data-augmentation" (section 5.2),
 # but for shapes, where a teacher has one minute: too little for the whole of it.
