@@ -74,7 +74,7 @@ def draw_shape(seed: int, split: str, index: int, size: int) -> tuple[Image.Imag
 
     image = Image.new("RGB", (side, side), colour(rng.random(), (0.1, 0.45)))
     draw = ImageDraw.Draw(image)
-    for _ in range(rng.randint(1, 3)):  # clutter: dim blobs and lines behind the shape
+    for _ in range(rng.randint(2, 5)):  # clutter: dim blobs and lines behind the shape
         x, y, r = rng.uniform(0, side), rng.uniform(0, side), rng.uniform(0.03, 0.12) * side
         shade = colour(rng.random(), (0.2, 0.8))
         if rng.random() < 0.5:
@@ -99,7 +99,7 @@ def draw_shape(seed: int, split: str, index: int, size: int) -> tuple[Image.Imag
 
     angle, radius = rng.uniform(-1, 1) * np.pi / 9, rng.uniform(0.33, 0.43) * side
     turn = np.array([[np.cos(angle), np.sin(angle)], [-np.sin(angle), np.cos(angle)]])
-    centre = np.array([rng.uniform(0.43, 0.57) * side, rng.uniform(0.43, 0.57) * side])
+    centre = np.array([rng.uniform(0.42, 0.58) * side, rng.uniform(0.42, 0.58) * side])
     corners = OUTLINES[SHAPES[label]] @ turn
     mask = Image.new("L", (side, side))
     ImageDraw.Draw(mask).polygon([tuple(p) for p in corners * radius + centre], fill=255)
@@ -133,6 +133,7 @@ class FolderSet:
 
 
 def draw_shapes(split: str, count: int, size: int, device: torch.device) -> ArraySet:
+    """The first `count` shapes of a split, held on the device."""
     drawn = [draw_shape(0, split, index, size) for index in range(count)]
     images = torch.from_numpy(np.stack([np.asarray(image) for image, _ in drawn])).permute(0, 3, 1, 2)
     labels = torch.tensor([label for _, label in drawn])

@@ -7,7 +7,9 @@ teaches the class token and the teacher teaches the distillation token.
     torchrun train.py --model tiny --distill hard
 """
 
+import math
 import pickle
+import re
 import zipfile
 from pathlib import Path
 
@@ -17,7 +19,7 @@ import torchvision
 from torch import Tensor, nn
 from torchvision.models.regnet import BlockParams, RegNet
 
-from model import SIZES, UsageError, create_model, fuse, load_weights
+from model import OFFICIAL, SIZES, UsageError, create_model, fuse
 
 Outputs = Tensor | tuple[Tensor, Tensor]
 
@@ -144,7 +146,9 @@ def read_url(url: str) -> dict:
 
 
 def published_url(name: str) -> str:
-    """Where torchvision keeps its best weights for a classifier."""
+    """Where a network's ImageNet weights are: the DeiT authors', or the best of torchvision's."""
+    if name in SIZES:
+        return OFFICIAL[f"deit_{name}"]
     try:
         return torchvision.models.get_model_weights(name).DEFAULT.url
     except ValueError:
@@ -159,6 +163,32 @@ def checkpoint_weights(contents: dict) -> dict[str, Tensor]:
     return contents.get("ema") or contents.get("model") or contents
 
 
+# The paper's teacher file, regnety_160-a5fe301d.pth, names its modules otherwise: (its pattern,
+# torchvision's).
+PAPER_LAYOUT = (
+    (r"^stem\.conv", "stem.0"),
+    (r"^stem\.bn", "stem.1"),
+    (r"^s(\d)\.b(\d+)", lambda m: f"trunk_output.block{m[1]}.block{m[1]}-{int(m[2]) - 1}"),
+    (r"\.conv(\d)\.conv", lambda m: f".f.{'abc'[int(m[1]) - 1]}.0"),
+    (r"\.conv(\d)\.bn", lambda m: f".f.{'abc'[int(m[1]) - 1]}.1"),
+    (r"\.se\.", ".f.se."),
+    (r"\.downsample\.conv", ".proj.0"),
+    (r"\.downsample\.bn", ".proj.1"),
+    (r"^head\.fc", "fc"),
+)
+
+
+def torchvision_layout(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """A RegNetY's weights with torchvision's names, whichever of the two layouts they come in."""
+
+    def renamed(key: str) -> str:
+        for pattern, ours in PAPER_LAYOUT:
+            key = re.sub(pattern, ours, key)
+        return key
+
+    return {renamed(key): value for key, value in state.items()} if "stem.conv.weight" in state else state
+
+
 def create_teacher(
     name: str, num_classes: int, weights: str | None = None, *, img_size: int = 224, patch_size: int = 16
 ) -> nn.Module:
@@ -166,10 +196,13 @@ def create_teacher(
 
     `name` is `regnet_y_4gf`, `_8gf`, `_12gf`, `_16gf` (Table 2) or `_200mf`, any torchvision classifier, or
     `tiny`, `small`, `base` (a DeiT; a distilled one returns its pair of logits). `weights` is None
-    (untrained), "published" (torchvision's), or a path or URL of a file with one of our checkpoints or a
-    plain state dict. `img_size` and `patch_size` are used where the file does not say its own. Raises
-    ValueError for misfits.
+    (untrained), "published" (torchvision's or the DeiT authors'), or a path or URL of a file with one of our
+    checkpoints, a plain state dict or, for a RegNetY, one in the key layout of the paper's own teacher file.
+    The teacher has `img_size`, the pixels a side that it was made for, and `classes`, their names or None:
+    the file's own where it says them, else `img_size` and `patch_size` as given. Raises ValueError for
+    misfits.
     """
+    check_name(name)
     source = published_url(name) if weights == "published" else str(weights or "")
     read = read_url if is_url(source) else read_checkpoint
     contents = read(source) if source else {}
@@ -178,38 +211,41 @@ def create_teacher(
         raise UsageError(f"{weights} holds a {settings['model']}, not a {name}")
     img_size, patch_size = settings.get("img_size", img_size), settings.get("patch_size", patch_size)
     if name in SIZES:
+        if not settings and "pos_embed" in state and "patch_embed.proj.weight" in state:  # the weights tell
+            patch_size = state["patch_embed.proj.weight"].shape[-1]
+            img_size = (
+                math.isqrt(state["pos_embed"].shape[1] - 1) * patch_size
+            )  # 1 or 2 tokens more than a square
         distilled = "dist_token" in state
         teacher = create_model(
             name, num_classes=num_classes, img_size=img_size, patch_size=patch_size, distilled=distilled
         )
-        misfits = load_weights(teacher, state) if state else []
     else:
         teacher = create_convnet(name, num_classes, img_size)
-        misfits = []
-        if state:
-            own = teacher.state_dict()
-            misfits = [
-                key
-                for key in {**own, **state}
-                if key not in own or key not in state or own[key].shape != state[key].shape
-            ]
-            if not misfits:
-                teacher.load_state_dict(state)
-    if misfits:
-        theirs = tuple(state[misfits[0]].shape) if misfits[0] in state else "absent"
-        raise UsageError(
-            f"{weights} does not fit a {name} with {num_classes} classes: {misfits[0]} is {theirs} "
-            "in the file; the teacher must know the student's classes"
-        )
+        state = torchvision_layout(state)
+    own = teacher.state_dict()
+    for key in {**own, **state} if state else ():
+        ours, theirs = (tuple(tensors[key].shape) if key in tensors else "absent" for tensors in (own, state))
+        if ours != theirs:
+            raise UsageError(
+                f"{weights} does not fit a {name} with {num_classes} classes: {key} is {theirs} in the file, "
+                f"not {ours}; a teacher must know the student's classes"
+            )
+    if state:
+        teacher.load_state_dict(state)
+    teacher.img_size, teacher.classes = img_size, settings.get("classes")
     return teacher.eval().requires_grad_(False)
 
 
 def teacher_logits(teacher: nn.Module, inputs: Tensor) -> Tensor:
-    """What the teacher says of the student's inputs: logits (B, C), without gradient.
+    """What a teacher of `create_teacher` says of the student's inputs: logits (B, C), without gradient.
 
-    A teacher with two heads speaks through their fusion: the softmax of what is returned is the fused
-    prediction.
+    The inputs are resized if the teacher was made for another size. A teacher with two heads speaks through
+    their fusion: the softmax of what is returned is the fused prediction.
     """
+    size = (teacher.img_size, teacher.img_size)
+    if inputs.shape[2:] != size:
+        inputs = F.interpolate(inputs, size, mode="bicubic", antialias=True)
     with torch.no_grad():
         outputs = teacher(inputs)
     return outputs if isinstance(outputs, Tensor) else fuse(outputs).log()

@@ -8,35 +8,80 @@ import argparse
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
 from PIL import Image, ImageDraw
-from torch import Tensor
+from torch import Tensor, nn
 
-from augment import MEAN, OPERATIONS, RANDAUGMENT_ARGUMENTS, STD, Augment, keyed_generator, random_crop
-from data import DATA_NAMES, draw_shapes, load_data, read_image, to_tensor
+from augment import (
+    MEAN,
+    OPERATIONS,
+    RANDAUGMENT_ARGUMENTS,
+    STD,
+    Augment,
+    keyed_generator,
+    normalize,
+    random_crop,
+)
+from data import DATA_NAMES, ArraySet, FolderSet, draw_shapes, eval_batches, load_data, read_image, to_tensor
 from distill import create_teacher, read_checkpoint
-from model import UsageError
-from train import PAPER, Parser, evaluate, headline, join, program, say
+from model import DeiT, UsageError
+from train import DEVICES, Parser, Place, evaluate, headline, join, program, say
 
 # ---- accuracy: Tables 3 and 5 ----
 
 
+def open_checkpoint(
+    path: str, arguments: argparse.Namespace, place: Place
+) -> tuple[nn.Module, ArraySet | FolderSet, dict]:
+    """A checkpoint's network, frozen, with the validation set to look at it on and its settings."""
+    contents = read_checkpoint(path)
+    if "settings" not in contents:
+        raise UsageError(f"{path} says nothing of how it was trained; it is not a checkpoint of train.py")
+    settings = contents["settings"] | {"workers": -1}
+    settings |= {name: getattr(arguments, name) for name in ("data", "data_path") if getattr(arguments, name)}
+    network = create_teacher(settings["model"], len(settings["classes"]), path).to(place.device)
+    val_set = load_data(settings["data"], settings["data_path"], settings["img_size"], place.device)[1]
+    if val_set.classes != network.classes:
+        raise UsageError(f"{path} knows other classes than those of {settings['data']}")
+    return network, val_set, settings
+
+
 def accuracy(arguments: argparse.Namespace) -> None:
-    """Top-1 of every head of every checkpoint, on one validation set."""
+    """Top-1 accuracy of every head of every checkpoint, on one validation set."""
     place = join(arguments.device)
     for path in arguments.checkpoints:
-        contents = read_checkpoint(path)
-        if "settings" not in contents:
-            raise UsageError(f"{path} says nothing of how it was trained; it is not a checkpoint of train.py")
-        settings = contents["settings"] | {"workers": -1, "device": arguments.device}
-        settings |= {
-            name: getattr(arguments, name) for name in ("data", "data_path") if getattr(arguments, name)
-        }
-        classes = settings["classes"]
-        network = create_teacher(settings["model"], len(classes), path).to(place.device)
-        val_set = load_data(settings["data"], settings["data_path"], settings["img_size"], place.device)[1]
-        if val_set.classes != classes:
-            raise UsageError(f"{path} knows other classes than those of {settings['data']}")
+        network, val_set, settings = open_checkpoint(path, arguments, place)
         say(place, f"{path}: {headline(evaluate(network, val_set, settings, place))}")
+
+
+# ---- tokens: the analysis of the two tokens in section 5.2 ----
+
+
+@torch.no_grad()
+def layer_embeddings(network: DeiT, images: Tensor) -> Tensor:
+    """The class and distillation embeddings after every block: (depth, B, 2, D)."""
+    x, layers = network.embed(images), []
+    for block in network.blocks:
+        x = block(x)
+        layers.append(x[:, :2])
+    return torch.stack(layers)
+
+
+def tokens(arguments: argparse.Namespace) -> None:
+    """Cosine between the two token parameters, and between their embeddings after every layer (mean over
+    images)."""
+    place = join(arguments.device)
+    for path in arguments.checkpoints:
+        network, val_set, settings = open_checkpoint(path, arguments, place)
+        if not getattr(network, "distilled", False):
+            raise UsageError(f"{path} has no distillation token to compare with its class token")
+        parameters = F.cosine_similarity(network.cls_token, network.dist_token, dim=-1).item()
+        sums, size = 0.0, settings["img_size"]
+        for images, _ in eval_batches(val_set, size, 256, rank=0, world=1, workers=0, device=place.device):
+            first, second = layer_embeddings(network, normalize(images)).unbind(2)
+            sums = sums + F.cosine_similarity(first, second, dim=-1).sum(dim=1)
+        print(f"{path}: the two parameters {parameters:.3f}; after each layer")
+        print("  " + " ".join(f"{cosine:.3f}" for cosine in (sums / len(val_set)).tolist()))
 
 
 # ---- augmentations: the contact sheet ----
@@ -114,16 +159,15 @@ def main() -> None:
     parser = Parser(prog="evaluate.py", description=__doc__.splitlines()[0], allow_abbrev=False)
     words = parser.add_subparsers(dest="word", required=True, metavar="WORD")
 
-    word = words.add_parser(
-        "accuracy", help="top-1 accuracy of each head", description=accuracy.__doc__, allow_abbrev=False
-    )
-    word.add_argument("checkpoints", nargs="+", metavar="CKPT", help="checkpoints of train.py or finetune.py")
-    word.add_argument("--data", choices=DATA_NAMES, help="data set [the one each was trained on]")
-    word.add_argument("--data-path", metavar="DIR", help="where it is [where it was in training]")
-    word.add_argument(
-        "--device", choices=("auto", "cuda", "mps", "cpu"), default=PAPER["device"], help="[auto]"
-    )
-    word.set_defaults(act=accuracy)
+    for act, text in ((accuracy, "top-1 accuracy of each head"), (tokens, "how alike the two tokens are")):
+        word = words.add_parser(act.__name__, help=text, description=act.__doc__, allow_abbrev=False)
+        word.add_argument(
+            "checkpoints", nargs="+", metavar="CKPT", help="checkpoints of train.py or finetune.py"
+        )
+        word.add_argument("--data", choices=DATA_NAMES, help="data set [the one each was trained on]")
+        word.add_argument("--data-path", metavar="DIR", help="where it is [where it was in training]")
+        word.add_argument("--device", choices=DEVICES, default="auto", help="[auto]")
+        word.set_defaults(act=act)
 
     word = words.add_parser(
         "augmentations",

@@ -16,6 +16,20 @@ from torch import Tensor, nn
 
 # Table 1: depth (12 blocks) and head width (64) are shared by all sizes; embedding width and heads vary.
 SIZES = {"tiny": (192, 3), "small": (384, 6), "base": (768, 12)}
+# The authors' ImageNet checkpoints. A file's name ends in the first digits of its SHA-256.
+OFFICIAL = {
+    name: f"https://dl.fbaipublicfiles.com/deit/{file}.pth"
+    for name, file in {
+        "deit_tiny": "deit_tiny_patch16_224-a1311bcf",
+        "deit_small": "deit_small_patch16_224-cd65a155",
+        "deit_base": "deit_base_patch16_224-b5f2ef4d",
+        "deit_tiny_distilled": "deit_tiny_distilled_patch16_224-b40b3cf7",
+        "deit_small_distilled": "deit_small_distilled_patch16_224-649709d9",
+        "deit_base_distilled": "deit_base_distilled_patch16_224-df68dfff",
+        "deit_base_384": "deit_base_patch16_384-8de9b5d1",
+        "deit_base_distilled_384": "deit_base_distilled_patch16_384-d0272ac0",
+    }.items()
+}
 
 
 class UsageError(ValueError):

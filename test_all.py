@@ -10,6 +10,7 @@ import os
 import re
 import subprocess
 import sys
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
@@ -17,9 +18,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 import torchvision
-from PIL import Image, ImageFilter
+from PIL import Image, ImageEnhance, ImageFilter, ImageOps
 from torch import nn
 
+import augment
 import evaluate as measure
 import finetune
 import train
@@ -43,6 +45,7 @@ from distill import (
     read_checkpoint,
     soft_distillation_loss,
     teacher_logits,
+    torchvision_layout,
 )
 from model import Attention, Block, DeiT, DropPath, UsageError, attend, create_model, fuse, load_weights
 from train import (
@@ -53,10 +56,15 @@ from train import (
     evaluate,
     headline,
     learning_rate,
+    load_teacher,
     main,
     program,
     write_whole,
 )
+
+CPU = torch.device("cpu")
+ALONE = Place(0, 1, CPU)
+
 
 # ---- model.py ----
 
@@ -444,6 +452,109 @@ def test_teachers_that_do_not_fit_are_told_at_once(tmp_path):
             create_teacher(name, classes, weights)
 
 
+def paper_layout_logits(state, x, stages):
+    """A RegNetY written as functions of a state dict in the paper's file's layout: an independent second network."""
+
+    def norm(x, name):
+        mean, var = state[f"{name}.running_mean"], state[f"{name}.running_var"]
+        return F.batch_norm(x, mean, var, state[f"{name}.weight"], state[f"{name}.bias"], eps=1e-5)
+
+    def convolve(x, name, stride=1, groups=1):
+        weight = state[f"{name}.conv.weight"]
+        x = F.conv2d(x, weight, stride=stride, padding=weight.shape[-1] // 2, groups=groups)
+        return norm(x, f"{name}.bn")
+
+    x = convolve(x, "stem", 1).relu()  # stride 1: the image is small
+    for stage, depth in enumerate(stages, 1):
+        for block in range(1, depth + 1):
+            name, stride = f"s{stage}.b{block}", 2 if block == 1 else 1
+            shortcut = convolve(x, f"{name}.downsample", stride) if block == 1 else x
+            y = convolve(x, f"{name}.conv1").relu()
+            groups = y.shape[1] // state[f"{name}.conv2.conv.weight"].shape[1]
+            y = convolve(y, f"{name}.conv2", stride, groups).relu()
+            s = y.mean((2, 3), keepdim=True)
+            s = F.conv2d(s, state[f"{name}.se.fc1.weight"], state[f"{name}.se.fc1.bias"]).relu()
+            y = y * F.conv2d(s, state[f"{name}.se.fc2.weight"], state[f"{name}.se.fc2.bias"]).sigmoid()
+            x = (shortcut + convolve(y, f"{name}.conv3")).relu()
+    return F.linear(x.mean((2, 3)), state["head.fc.weight"], state["head.fc.bias"])
+
+
+def paper_layout_shapes(stages, widths, group_width, classes):
+    """The paper's file's keys and shapes, in its order."""
+
+    def conv(name, rows, columns, kernel):
+        found = {f"{name}.conv.weight": (rows, columns, kernel, kernel)}
+        found |= {f"{name}.bn.{part}": (rows,) for part in ("weight", "bias", "running_mean", "running_var")}
+        return found | {f"{name}.bn.num_batches_tracked": ()}
+
+    shapes, before = conv("stem", 32, 3, 3), 32
+    for stage, (depth, width) in enumerate(zip(stages, widths, strict=True), 1):
+        for block in range(1, depth + 1):
+            name, squeezed = f"s{stage}.b{block}", round(before / 4)
+            shapes |= conv(f"{name}.conv1", width, before, 1)
+            shapes |= conv(f"{name}.conv2", width, min(group_width, width), 3)
+            shapes |= {f"{name}.se.fc1.weight": (squeezed, width, 1, 1), f"{name}.se.fc1.bias": (squeezed,)}
+            shapes |= {f"{name}.se.fc2.weight": (width, squeezed, 1, 1), f"{name}.se.fc2.bias": (width,)}
+            shapes |= conv(f"{name}.conv3", width, width, 1)
+            if block == 1:
+                shapes |= conv(f"{name}.downsample", width, before, 1)
+            before = width
+    return shapes | {"head.fc.weight": (classes, before), "head.fc.bias": (classes,)}
+
+
+def test_a_teacher_in_the_papers_key_layout_gives_that_networks_logits(tmp_path):
+    generator = torch.Generator().manual_seed(0)
+    state = {}
+    for key, shape in paper_layout_shapes(*REGNETY["regnet_y_200mf"], classes=5).items():
+        spread = 1 / math.sqrt(math.prod(shape[1:]) or 1)
+        state[key] = torch.randn(shape, generator=generator) * spread + (0.0 if len(shape) > 1 else 0.5)
+        if key.endswith("running_var"):
+            state[key] = state[key].abs() + 0.5
+        if key.endswith("num_batches_tracked"):
+            state[key] = torch.tensor(7)
+    torch.save({"model": state}, tmp_path / "regnety.pth")
+    teacher = create_teacher("regnet_y_200mf", 5, tmp_path / "regnety.pth", img_size=32)
+    images = torch.randn(3, 3, 32, 32, generator=generator)
+    expected = paper_layout_logits(state, images, REGNETY["regnet_y_200mf"][0])
+    torch.testing.assert_close(teacher(images), expected, rtol=1e-4, atol=1e-4)
+
+
+def test_the_papers_own_teacher_file_would_load():
+    with torch.device("meta"):
+        shapes = paper_layout_shapes(*REGNETY["regnet_y_16gf"], classes=1000)
+        theirs = torchvision_layout({key: torch.empty(shape) for key, shape in shapes.items()})
+        ours = create_teacher("regnet_y_16gf", 1000).state_dict()
+    assert {key: value.shape for key, value in theirs.items()} == {
+        key: value.shape for key, value in ours.items()
+    }
+
+
+def test_a_teacher_made_for_another_size_sees_resized_inputs(tmp_path):
+    torch.manual_seed(0)
+    network = create_model("tiny", num_classes=5, img_size=48, patch_size=16).eval()
+    nn.init.normal_(network.head.weight)
+    torch.save(network.state_dict(), tmp_path / "plain.pth")  # says nothing of sizes: the weights tell
+    teacher = create_teacher("tiny", 5, tmp_path / "plain.pth", img_size=32, patch_size=8)
+    inputs = torch.randn(2, 3, 32, 32)
+    resized = F.interpolate(inputs, (48, 48), mode="bicubic", antialias=True)
+    torch.testing.assert_close(teacher_logits(teacher, inputs), network(resized))
+
+
+def test_a_teacher_with_its_classes_in_another_order_is_refused(tmp_path):
+    network = create_teacher("regnet_y_200mf", 10, img_size=32)
+    data = [draw_shapes("train", 10, 32, CPU)] * 2
+    swapped = [data[0].classes[n] for n in (0, 2, 1, *range(3, 10))]
+    for classes in (data[0].classes, swapped):
+        settings = {"model": "regnet_y_200mf", "img_size": 32, "classes": classes}
+        torch.save({"model": network.state_dict(), "settings": settings}, tmp_path / "t.pth")
+        student = complete({"teacher_weights": str(tmp_path / "t.pth")})
+        if classes is swapped:
+            with pytest.raises(UsageError, match="class 1 is 'half' there and 'ring' here"):
+                load_teacher(student, data, ALONE)
+        else:
+            assert load_teacher(student, data, ALONE).classes == classes
+
+
 class Mischief:
     """Unpickling this would make a file."""
 
@@ -461,9 +572,740 @@ def test_a_checkpoint_that_holds_code_is_refused_and_not_run(tmp_path):
     assert not (tmp_path / "made").exists()
 
 
-# ---- data.py ----
+# ---- augment.py ----
 
-CPU = torch.device("cpu")
+# The operations as Pillow does them: (image, argument) -> image
+
+
+def transform_in_pillow(image, matrix):
+    return image.transform(
+        image.size, Image.Transform.AFFINE, matrix, Image.Resampling.BICUBIC, fillcolor=(124, 116, 104)
+    )
+
+
+PILLOW = {
+    "AutoContrast": lambda image, v: ImageOps.autocontrast(image),
+    "Equalize": lambda image, v: ImageOps.equalize(image),
+    "Invert": lambda image, v: ImageOps.invert(image),
+    "Rotate": lambda image, v: image.rotate(v, Image.Resampling.BICUBIC, fillcolor=(124, 116, 104)),
+    "Posterize": lambda image, v: (  # Pillow 12 and later raise at 0 bits
+        ImageOps.posterize(image, int(v)) if v else Image.new("RGB", image.size)
+    ),
+    "Solarize": ImageOps.solarize,
+    "SolarizeAdd": lambda image, v: image.point(
+        [min(255, x + int(v)) if x < 128 else x for x in range(256)] * 3
+    ),
+    "Color": lambda image, v: ImageEnhance.Color(image).enhance(v),
+    "Contrast": lambda image, v: ImageEnhance.Contrast(image).enhance(v),
+    "Brightness": lambda image, v: ImageEnhance.Brightness(image).enhance(v),
+    "Sharpness": lambda image, v: ImageEnhance.Sharpness(image).enhance(v),
+    "ShearX": lambda image, v: transform_in_pillow(image, (1, v, 0, 0, 1, 0)),
+    "ShearY": lambda image, v: transform_in_pillow(image, (1, 0, 0, v, 1, 0)),
+    "TranslateX": lambda image, v: transform_in_pillow(image, (1, 0, v * image.width, 0, 1, 0)),
+    "TranslateY": lambda image, v: transform_in_pillow(image, (1, 0, 0, 0, 1, v * image.height)),
+}
+RANGES = (  # all the arguments that the policies can draw, and more
+    dict.fromkeys(("AutoContrast", "Equalize", "Invert"), [0.0])
+    | {"Posterize": range(9), "Solarize": range(257), "SolarizeAdd": range(129)}
+    | dict.fromkeys(("Color", "Contrast", "Brightness", "Sharpness"), np.linspace(0.1, 1.9, 301))
+    | {"Rotate": np.linspace(-30, 30, 301)}
+    | dict.fromkeys(("ShearX", "ShearY"), np.linspace(-0.3, 0.3, 301))
+    | dict.fromkeys(("TranslateX", "TranslateY"), np.linspace(-0.45, 0.45, 301))
+)
+
+
+@pytest.fixture(scope="module")
+def pictures():
+    """322 images in batches uint8 (n, 3, H, W) of one size each."""
+    rng, batches = np.random.default_rng(0), []
+    for height, width in [(1, 1), (2, 3), (3, 3), (1, 7), (9, 2), (32, 32), (31, 48), (48, 20), (97, 64)]:
+        ramp = np.add.outer(np.linspace(-1, 1, height), np.linspace(-1, 1, width))
+        batch = [np.zeros((3, height, width)), np.full((3, height, width), 255)]
+        for _ in range(6):
+            batch.append(rng.integers(0, 256, (3, height, width)))  # noise
+            batch.append(128 + ramp * rng.uniform(-128, 128, (3, 1, 1)))  # a smooth gradient
+            batch.append(rng.integers(100, 100 + rng.integers(2, 30), (3, height, width)))  # low contrast
+            batch.append(np.broadcast_to(rng.integers(0, 256, (3, 1, 1)), (3, height, width)))  # one colour
+            batch.append(rng.choice(rng.integers(0, 256, 2), (3, height, width)))  # two levels
+        batches.append(torch.from_numpy(np.stack(batch).clip(0, 255).astype(np.uint8)))
+    for size, count in [(32, 30), (100, 4)]:
+        drawn = [np.asarray(draw_shape(0, "train", i, size)[0]) for i in range(count)]
+        batches.append(torch.from_numpy(np.stack(drawn)).permute(0, 3, 1, 2))
+    return batches
+
+
+def to_pillow(image):
+    return Image.fromarray(image.permute(1, 2, 0).contiguous().numpy())
+
+
+def away_from_pillow(name, pictures, rounds=2):
+    """|ours - Pillow's| of each image in turn: another argument for each image of a batch, all of RANGES."""
+    count = rounds * sum(len(batch) for batch in pictures)
+    assert count >= max(400, len(RANGES[name]))
+    grid = np.random.default_rng(1).permutation(np.resize(np.asarray(RANGES[name], np.float32), count))
+    for batch in pictures * rounds:
+        arguments, grid = grid[: len(batch)], grid[len(batch) :]
+        before = batch.clone()
+        ours = augment.OPERATIONS[name](batch, torch.from_numpy(arguments))
+        assert ours.dtype == torch.uint8 and ours.shape == batch.shape and torch.equal(batch, before)
+        for image, result, argument in zip(batch, ours, arguments.tolist(), strict=True):
+            pillow = np.array(PILLOW[name](to_pillow(image), argument))
+            yield (result.int() - torch.from_numpy(pillow).permute(2, 0, 1).int()).abs()
+
+
+def test_the_operations_are_the_papers_fifteen():
+    assert augment.OPERATIONS.keys() == PILLOW.keys() and len(PILLOW) == 15
+
+
+@pytest.mark.parametrize(
+    "name", ["Invert", "Posterize", "Solarize", "SolarizeAdd", "AutoContrast", "Equalize"]
+)
+def test_operations_on_single_values_are_pillows_to_the_last_bit(name, pictures):
+    assert all(not difference.any() for difference in away_from_pillow(name, pictures))
+
+
+@pytest.mark.parametrize("name", ["Color", "Contrast", "Brightness", "Sharpness"])
+def test_enhancements_are_pillows_within_one_level_everywhere(name, pictures):
+    differences = list(away_from_pillow(name, pictures))
+    assert max(difference.max() for difference in differences) <= 1
+    assert np.mean([difference.float().mean() for difference in differences]) < 0.01
+
+
+@pytest.mark.parametrize("name", ["Rotate", "ShearX", "ShearY", "TranslateX", "TranslateY"])
+def test_geometric_operations_are_pillows_bicubic_ones(name, pictures):
+    # Rounding may put a point on the border on its other side, and so a fill pixel where Pillow has none.
+    differences = [difference.amax(dim=0) for difference in away_from_pillow(name, pictures)]
+    pixels = torch.cat([difference.flatten() for difference in differences])
+    assert (pixels > 1).float().mean() < 2e-4 and pixels[pixels <= 1].float().mean() < 0.25
+
+
+def test_geometric_operations_show_the_mean_colour_beyond_the_border():
+    white = torch.full((1, 3, 40, 40), 255, dtype=torch.uint8)
+    for name in ("Rotate", "ShearX", "ShearY", "TranslateX", "TranslateY"):
+        moved = augment.OPERATIONS[name](white, torch.tensor([RANGES[name][-1]]))[0]
+        assert moved[:, 39, 39].tolist() == [124, 116, 104]
+
+
+def test_each_image_of_a_batch_gets_its_own_operation_and_argument(pictures):
+    rng, (batch,) = np.random.default_rng(2), [b for b in pictures if b.shape[2:] == (31, 48)]
+    names = list(augment.OPERATIONS)
+    choice = rng.integers(-1, 15, 400)
+    argument = np.array([rng.choice(RANGES[names[c]]) if c >= 0 else 0 for c in choice], np.float32)
+    images = batch[torch.arange(400) % len(batch)]
+    together = augment.apply_operations(images, torch.from_numpy(choice), torch.from_numpy(argument))
+    for image, c, v, result in zip(images, choice, torch.from_numpy(argument), together, strict=True):
+        alone = image if c < 0 else augment.OPERATIONS[names[c]](image[None], v[None])[0]
+        assert torch.equal(result, alone)
+
+
+# What is drawn: 5 standard errors away counts as wrong. Seeds are fixed: no test fails by chance.
+
+
+def is_share(hits, expected):
+    """Whether the share of `hits` (booleans) is `expected`."""
+    hits = torch.as_tensor(hits)
+    return abs(hits.double().mean() - expected) <= 5 * math.sqrt(expected * (1 - expected) / hits.numel())
+
+
+def is_flat(numbers, count):
+    """Whether whole numbers 0..count - 1 come equally often, by their chi-square."""
+    seen = torch.bincount(torch.as_tensor(numbers).flatten(), minlength=count).double()
+    chi_square = ((seen - seen.mean()) ** 2 / seen.mean()).sum()
+    return len(seen) == count and abs(chi_square - (count - 1)) < 5 * math.sqrt(2 * (count - 1))
+
+
+def is_like(sample, other):
+    """Whether two samples have one distribution: Kolmogorov and Smirnov's test, at a chance of 1e-5."""
+    sample, other = np.sort(np.ravel(sample)), np.sort(np.ravel(other))
+    values = np.concatenate([sample, other])
+    below = [np.searchsorted(x, values, side="right") / len(x) for x in (sample, other)]
+    return np.abs(below[0] - below[1]).max() < 2.47 * math.sqrt(1 / len(sample) + 1 / len(other))
+
+
+def uncorrelated(a, b):
+    a, b = torch.as_tensor(a).double(), torch.as_tensor(b).double()
+    return abs(torch.corrcoef(torch.stack([a, b]))[0, 1]) < 5 / math.sqrt(len(a))
+
+
+def fair(m):
+    return [m, -m]
+
+
+# What magnitude m = M / 10 stands for in the paper's RandAugment, for each side of the coin if there is one
+RANDAUGMENT = {
+    "Rotate": lambda m: fair(30 * m),
+    "Posterize": lambda m: [4 - int(4 * m)],
+    "Solarize": lambda m: [256 - min(256, int(256 * m))],
+    "SolarizeAdd": lambda m: [min(128, int(110 * m))],
+    "Color": lambda m: [max(0.1, 1 + x) for x in fair(0.9 * m)],
+    "Contrast": lambda m: [max(0.1, 1 + x) for x in fair(0.9 * m)],
+    "Brightness": lambda m: [max(0.1, 1 + x) for x in fair(0.9 * m)],
+    "Sharpness": lambda m: [max(0.1, 1 + x) for x in fair(0.9 * m)],
+    "ShearX": lambda m: fair(0.3 * m),
+    "ShearY": lambda m: fair(0.3 * m),
+    "TranslateX": lambda m: fair(0.45 * m),
+    "TranslateY": lambda m: fair(0.45 * m),
+}
+AUTOAUGMENT = RANDAUGMENT | {
+    "Posterize": lambda m: [int(4 * m) + 4],
+    "Solarize": lambda m: [min(256, int(256 * m))],
+    "Color": lambda m: [0.1 + 1.8 * m],
+    "Contrast": lambda m: [0.1 + 1.8 * m],
+    "Sharpness": lambda m: [0.1 + 1.8 * m],
+}
+NAMES = list(augment.OPERATIONS)
+
+
+@pytest.fixture
+def choose(monkeypatch):
+    """Calls a policy on `count` images and gives what it chose: (operations, arguments) of each draw."""
+    drawn = []
+
+    def recorder(images, choice, argument):
+        drawn.append((choice, argument))
+        return images
+
+    def choose(policy, count, seed=0):
+        drawn.clear()
+        policy(torch.zeros(count, 3, 1, 1, dtype=torch.uint8), torch.Generator().manual_seed(seed))
+        return list(drawn)
+
+    monkeypatch.setattr(augment, "apply_operations", recorder)
+    return choose
+
+
+def test_randaugment_draws_two_of_fifteen_with_replacement_and_applies_half(choose):
+    (first, _), (second, _) = choose(augment.RandAugment(), 300_000)
+    applied = (first >= 0) & (second >= 0)
+    assert is_share(first >= 0, 0.5) and is_share(second >= 0, 0.5) and is_share(applied, 0.25)
+    assert is_flat(first[first >= 0], 15) and is_flat(second[second >= 0], 15)
+    assert is_flat((15 * first + second)[applied], 225)
+    assert len(choose(augment.RandAugment(num_ops=3), 1)) == 3
+
+
+@pytest.mark.parametrize("magnitude", [0, 1, 2.5, 4, 5, 7.5, 9, 10])
+def test_randaugments_arguments_are_the_table(choose, magnitude):
+    draws = choose(augment.RandAugment(magnitude=magnitude, magnitude_std=0), 30_000)
+    for k, name in enumerate(NAMES):
+        argument = torch.cat([argument[choice == k] for choice, argument in draws])
+        sides = RANDAUGMENT.get(name, lambda m: [])(magnitude / 10)
+        if not sides:  # AutoContrast, Equalize and Invert have no argument
+            continue
+        assert torch.isclose(argument[:, None], torch.tensor(sides).float()).any(dim=1).all()
+        if len(set(sides)) == 2:  # the coin is fair
+            assert is_share(argument > sum(sides) / 2, 0.5)
+
+
+def test_randaugments_magnitude_is_normal_about_9_and_clipped_to_10(choose):
+    kinds = {"Rotate": (0, 30), "ShearX": (0, 0.3), "ShearY": (0, 0.3), "TranslateX": (0, 0.45)}
+    kinds |= {"TranslateY": (0, 0.45), "Color": (1, 0.9), "Contrast": (1, 0.9), "Brightness": (1, 0.9)}
+    normal = np.random.default_rng(3).normal(9, 0.5, 200_000).clip(0, 10).round(3)
+    signed = []
+    for choice, argument in choose(augment.RandAugment(), 400_000):
+        magnitude = torch.full(choice.shape, torch.nan, dtype=torch.float64)
+        for name, (centre, scale) in kinds.items():
+            mine = choice == NAMES.index(name)
+            magnitude[mine] = 10 * (argument[mine].double() - centre) / scale
+            assert is_like(magnitude[mine].abs().numpy().round(3), normal), name
+        assert is_share(magnitude[magnitude.isfinite()].abs() > 9.9999, 0.5 * math.erfc(2 / math.sqrt(2)))
+        assert is_share(magnitude[magnitude.isfinite()] > 0, 0.5)
+        signed.append(magnitude)
+    # The two operations of an image are as strong, and point as far, as if the other were not there.
+    one, two = (magnitude[signed[0].isfinite() & signed[1].isfinite()] for magnitude in signed)
+    assert uncorrelated(one.abs(), two.abs()) and uncorrelated(one.sign(), two.sign())
+    assert uncorrelated(one.abs(), one.sign())
+
+
+def test_randaugments_magnitude_is_clipped_to_0(choose):
+    for choice, argument in choose(augment.RandAugment(magnitude=0, magnitude_std=1), 50_000):
+        assert is_share(argument[choice == NAMES.index("ShearX")] == 0, 0.5)
+
+
+def test_autoaugments_policy_is_torchvisions():
+    theirs = torchvision.transforms.AutoAugment(torchvision.transforms.AutoAugmentPolicy.IMAGENET).policies
+    without = ("AutoContrast", "Equalize", "Invert")
+    ours = [
+        tuple((name, p, None if name in without else level) for name, p, level in pair)
+        for pair in augment.AUTOAUGMENT_POLICY
+    ]
+    assert ours == [tuple(pair) for pair in theirs]
+
+
+def test_autoaugment_chooses_sub_policies_evenly_and_applies_each_operation_with_its_probability(choose):
+    count = 400_000
+    theirs = torchvision.transforms.AutoAugment(torchvision.transforms.AutoAugmentPolicy.IMAGENET).policies
+    expected = Counter()
+    for pair in theirs:
+        outcomes = []
+        for name, p, level in pair:
+            sides = [0.0] if level is None else AUTOAUGMENT[name](level / 10)
+            outcomes.append([(1 - p, None)] + [(p / len(sides), (name, round(v, 4))) for v in sides])
+        for p, first in outcomes[0]:
+            for q, second in outcomes[1]:
+                expected[first, second] += p * q / 25
+    seen = []
+    for choice, argument in choose(augment.AutoAugment(), count):
+        pairs = zip(choice.tolist(), argument.tolist(), strict=True)
+        seen.append([
+            None if c < 0 else (NAMES[c], round(v, 4) if NAMES[c] in AUTOAUGMENT else 0.0) for c, v in pairs
+        ])  # fmt: skip
+    seen = Counter(zip(*seen, strict=True))
+    assert seen.keys() == {pair for pair, p in expected.items() if p > 0}
+    for pair, p in expected.items():
+        assert abs(seen[pair] - count * p) <= 5 * math.sqrt(count * p * (1 - p)), pair
+
+
+@pytest.mark.parametrize("strength", [0.3, 0.4])
+def test_colour_jitter_does_its_three_operations_in_any_order_within_its_strength(choose, strength):
+    draws = choose(augment.ColorJitter(strength), 60_000)
+    order = torch.stack([choice for choice, _ in draws], dim=1)
+    three = torch.tensor(sorted(NAMES.index(name) for name in ("Brightness", "Contrast", "Color")))
+    assert torch.equal(order.sort(dim=1).values, three.expand(60_000, 3))
+    seen = Counter(map(tuple, order.tolist()))
+    assert len(seen) == 6 and is_flat(np.repeat(np.arange(6), list(seen.values())), 6)
+    uniform = np.random.default_rng(4).uniform(1 - strength, 1 + strength, 200_000)
+    factors = torch.stack([argument for _, argument in draws])
+    assert all(is_like(factor, uniform) for factor in factors)
+    assert factors.min() >= 1 - strength and factors.max() <= 1 + strength
+    assert uncorrelated(factors[0], factors[1]) and uncorrelated(factors[1], factors[2])
+    assert augment.ColorJitter().strength in (0.3, 0.4)
+
+
+def generator(seed=0):
+    return torch.Generator().manual_seed(seed)
+
+
+def noise(*shape, seed=0):
+    return torch.randint(256, shape, generator=generator(seed), dtype=torch.uint8)
+
+
+def test_half_of_the_images_are_mirrored():
+    images = noise(20_000, 3, 2, 4)
+    flipped = augment.random_flip(images, generator())
+    mirrored = (flipped == torch.from_numpy(images.numpy()[..., ::-1].copy())).flatten(1).all(dim=1)
+    assert is_share(mirrored, 0.5)
+    assert torch.equal(flipped[~mirrored], images[~mirrored])
+
+
+def test_pad_and_crop_cuts_each_image_out_of_its_own_padding_at_any_offset():
+    images = noise(10, 3, 5, 6) | 1  # no black but the padding's
+    padded = np.pad(images.numpy(), [(0, 0), (0, 0), (4, 4), (4, 4)])
+    windows = {
+        padded[i, :, top : top + 5, left : left + 6].tobytes(): (i, 9 * top + left)
+        for i in range(10)
+        for top in range(9)
+        for left in range(9)
+    }
+    which = torch.arange(40_000) % 10
+    crops = augment.pad_and_crop(images[which], generator())
+    found = torch.tensor([windows[crop.tobytes()] for crop in crops.numpy()])
+    assert torch.equal(found[:, 0], which) and is_flat(found[:, 1], 81)
+
+
+@pytest.mark.parametrize(("height", "width"), [(224, 224), (100, 400), (300, 200), (32, 32)])
+def test_random_boxes_are_those_of_torchvisions_random_resized_crop(height, width):
+    torch.manual_seed(0)
+    image = torch.empty(3, height, width)
+    theirs = torchvision.transforms.RandomResizedCrop.get_params
+    theirs = np.array([theirs(image, (0.08, 1), (3 / 4, 4 / 3)) for _ in range(6_000)])
+    ours = augment.random_boxes(60_000, height, width, generator()).numpy()
+    for boxes in (ours, theirs):
+        top, left, high, wide = boxes.T
+        assert boxes.min() >= 0 and (top + high).max() <= height and (left + wide).max() <= width
+    area, aspect = ours[:, 2] * ours[:, 3] / height / width, ours[:, 3] / ours[:, 2]
+    slack = 1 + 2 / ours[:, 2:].min()  # whole pixels
+    assert 0.08 / slack <= area.min() and 3 / 4 / slack <= aspect.min() and aspect.max() <= 4 / 3 * slack
+    for measured in (
+        lambda top, left, high, wide: high * wide,
+        lambda top, left, high, wide: (wide / high).round(5),
+        lambda top, left, high, wide: (top / np.maximum(1, height - high)).round(5),
+        lambda top, left, high, wide: (left / np.maximum(1, width - wide)).round(5),
+    ):
+        assert is_like(measured(*ours.T), measured(*theirs.T))
+    top, left, high, wide = ours.T
+    assert uncorrelated(top / np.maximum(1, height - high), left / np.maximum(1, width - wide))
+
+
+@pytest.mark.parametrize(("height", "width"), [(10, 200), (200, 10), (7, 300), (1, 40)])
+def test_an_image_too_long_for_any_draw_gets_the_largest_centred_box(height, width):
+    theirs = torchvision.transforms.RandomResizedCrop.get_params(
+        torch.empty(3, height, width), (0.08, 1), (3 / 4, 4 / 3)
+    )
+    assert (augment.random_boxes(50, height, width, generator()) == torch.tensor(theirs)).all()
+
+
+def soft_pictures(count, height, width):
+    """Pictures without overshoot to clip: Pillow clips between its two passes, whose order depends on it."""
+    drawn = np.stack([np.asarray(draw_shape(0, "val", i, max(height, width))[0]) for i in range(count)])
+    return torch.from_numpy(drawn[:, :height, :width] // 2 + 64).permute(0, 3, 1, 2).contiguous()
+
+
+@pytest.mark.parametrize("size", [7, 24, 96])  # shrinks all, shrinks some, enlarges all
+def test_resized_boxes_are_pillows_crop_and_antialiased_bicubic_resize(size):
+    images = soft_pictures(60, 48, 64)
+    boxes = augment.random_boxes(60, 48, 64, generator(1))
+    boxes[:2] = torch.tensor([[0, 0, 48, 64], [47, 63, 1, 1]])  # all of it, one pixel
+    resized = augment.resize_boxes(images, boxes, size)
+    for image, (top, left, high, wide), ours in zip(images, boxes.tolist(), resized, strict=True):
+        crop = to_pillow(image).crop((left, top, left + wide, top + high))
+        pillow = np.array(crop.resize((size, size), Image.Resampling.BICUBIC), np.int32)
+        difference = np.abs(ours.permute(1, 2, 0).numpy() - pillow)
+        assert difference.max() <= 2 and difference.mean() < 0.25
+
+
+def test_random_crop_pads_at_the_images_own_size_and_resizes_boxes_otherwise():
+    images = noise(40, 3, 24, 24)
+    cropped = augment.random_crop(images, 24, generator())
+    assert torch.equal(cropped, augment.pad_and_crop(images, generator()))
+    boxes = augment.random_boxes(40, 24, 24, generator())
+    assert torch.equal(augment.random_crop(images, 56, generator()), augment.resize_boxes(images, boxes, 56))
+
+
+@pytest.mark.parametrize(
+    ("height", "width", "size"), [(64, 64, 56), (128, 96, 42), (64, 96, 28), (16, 24, 56)]
+)
+def test_central_crop_is_pillows_resize_to_size_over_0875_and_crop(height, width, size):
+    images = soft_pictures(5, height, width)
+    short = round(size / 0.875)
+    scaled = width * short // min(height, width), height * short // min(height, width)
+    left, top = (scaled[0] - size) // 2, (scaled[1] - size) // 2
+    for image, ours in zip(images, augment.central_crop(images, size), strict=True):
+        pillow = to_pillow(image).resize(scaled, Image.Resampling.BICUBIC)
+        pillow = np.array(pillow.crop((left, top, left + size, top + size)), np.int32)
+        assert np.abs(ours.permute(1, 2, 0).numpy() - pillow).max() <= 1
+    assert torch.equal(augment.central_crop(noise(2, 3, size, size), size), noise(2, 3, size, size))
+
+
+def test_normalise_is_torchvisions():
+    images = noise(4, 3, 9, 7)
+    expected = torchvision.transforms.functional.normalize(
+        images / 255, (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+    )
+    torch.testing.assert_close(augment.normalize(images), expected, rtol=1e-5, atol=1e-6)
+
+
+# ---- augment.py: random erasing ----
+
+
+def is_normal(sample):
+    """Whether mean, spread, tails and shape (Kolmogorov and Smirnov's test) are those of N(0, 1)."""
+    x, n = sample.double().flatten(), sample.numel()
+    moments = (abs(x.mean()) * math.sqrt(n), abs(x.var() - 1) * math.sqrt(n / 2))
+    tails = abs((x**4).mean() - 3) * math.sqrt(n / 96)
+    steps = torch.arange(n, dtype=torch.float64) / n
+    away = (torch.special.ndtr(x.sort().values) - steps).abs().max() * math.sqrt(n)
+    return max(*moments, tails) < 5 and away < 2.5
+
+
+def erased_boxes(inputs, outputs):
+    """The images that changed, (top, left, height, width) of the change in each; it must be one whole box."""
+    changed = outputs != inputs
+    assert torch.equal(changed.any(dim=1), changed.all(dim=1))  # all three channels
+    changed = changed.all(dim=1).numpy()
+    which, boxes = np.flatnonzero(changed.any(axis=(1, 2))), []
+    for picture in changed[which]:
+        rows, columns = np.flatnonzero(picture.any(axis=1)), np.flatnonzero(picture.any(axis=0))
+        top, left, high, wide = rows[0], columns[0], np.ptp(rows) + 1, np.ptp(columns) + 1
+        assert picture[top : top + high, left : left + wide].all() and picture.sum() == high * wide
+        boxes.append((top, left, high, wide))
+    return which, np.array(boxes)
+
+
+@pytest.mark.parametrize("probability", [0.25, 0.6, 1.0])
+def test_erasing_happens_with_its_probability_to_a_copy(probability):
+    inputs = torch.randn(4_000, 3, 12, 10, generator=generator())
+    before = inputs.clone()
+    outputs = augment.RandomErasing(probability)(inputs, generator())
+    assert torch.equal(inputs, before)
+    assert is_share((outputs != inputs).flatten(1).any(dim=1), probability)
+
+
+def test_erasing_nothing_leaves_the_inputs():
+    inputs = torch.randn(100, 3, 12, 10)
+    assert torch.equal(augment.RandomErasing(0)(inputs, generator()), inputs)
+    tiny = torch.randn(100, 3, 1, 1)  # no box is smaller than one pixel
+    assert torch.equal(augment.RandomErasing(1)(tiny, generator()), tiny)
+
+
+@pytest.mark.parametrize(("height", "width"), [(48, 64), (40, 24)])
+def test_erased_boxes_are_those_of_torchvisions_random_erasing(height, width):
+    torch.manual_seed(0)
+    inputs, ours = torch.full((1_000, 3, height, width), 100.0), []
+    for seed in range(6):
+        which, boxes = erased_boxes(inputs, augment.RandomErasing(1)(inputs, generator(seed)))
+        assert len(which) == len(inputs)
+        ours.append(boxes)
+    ours, theirs = np.concatenate(ours), torchvision.transforms.RandomErasing.get_params
+    theirs = np.array([theirs(inputs[0], (0.02, 0.33), (0.3, 3.3), [0.0])[:4] for _ in range(5_000)])
+    area, aspect = ours[:, 2] * ours[:, 3] / height / width, ours[:, 2] / ours[:, 3]
+    slack = 1 + 2 / ours[:, 2:].min()  # whole pixels
+    assert 0.02 / slack <= area.min() and area.max() <= 0.33 * slack
+    assert 0.3 / slack <= aspect.min() and aspect.max() <= 3.3 * slack
+    for measured in (
+        lambda top, left, high, wide: high * wide,
+        lambda top, left, high, wide: (high / wide).round(5),
+        lambda top, left, high, wide: (top / (height - high)).round(5),
+        lambda top, left, high, wide: (left / (width - wide)).round(5),
+    ):
+        assert is_like(measured(*ours.T), measured(*theirs.T))
+    top, left, high, wide = ours.T
+    assert uncorrelated(top / (height - high), left / (width - wide))
+
+
+def test_erased_pixels_are_normal_each_channel_its_own():
+    inputs = torch.full((600, 3, 32, 32), 100.0)
+    outputs = augment.RandomErasing(1)(inputs, generator())
+    pixels = outputs.permute(0, 2, 3, 1)[(outputs != inputs).all(dim=1)]  # (n, 3)
+    assert len(pixels) > 0.1 * 600 * 1024 and is_normal(pixels)
+    for k in range(3):
+        assert is_normal(pixels[:, k])
+        assert uncorrelated(pixels[:, k], pixels[:, k - 1]) and uncorrelated(pixels[1:, k], pixels[:-1, k])
+    repeated = len(pixels[:5_000].flatten().unique())
+    assert repeated > 0.995 * 15_000  # chance repeats a few of the float32 values, a pattern would many
+    again = augment.RandomErasing(1)(inputs, generator(1))
+    assert (outputs == again)[(outputs != inputs) & (again != inputs)].float().mean() < 1e-4
+
+
+def test_hashed_draws_are_normal_finite_and_unrelated():
+    device, extremes, squares = torch.device("cpu"), [], []
+    for seed in range(10):  # 42 million draws: each value that the hash can give comes about five times
+        x = augment.hashed_normal((seed * 0x19660D + 1) << 10, 1 << 22, device)
+        extremes.append(x.aminmax())
+        squares.append(x.square_().mean().item())
+    low, high = min(e.min for e in extremes), max(e.max for e in extremes)
+    assert low == -high and 5.1 < high < 5.5
+    assert abs(np.mean(squares) - 1) < 5 * math.sqrt(2 / (10 << 22))
+    assert torch.equal(augment.hashed_normal(7, 1000, device), augment.hashed_normal(7, 2000, device)[:1000])
+    draws = {s: augment.hashed_normal(s, 200_000, device) for s in (0, 1, 12345, 2**31, 2**32 - 1)}
+    for x in draws.values():
+        assert is_normal(x)
+        for lag in (1, 2, 3, 64, 224, 3 * 224, 1 << 16):
+            assert uncorrelated(x[lag:], x[:-lag]) and uncorrelated(x[lag:].abs(), x[:-lag].abs())
+    pairs = [(a, b) for a in draws for b in draws if a < b]
+    assert all(uncorrelated(draws[a], draws[b]) for a, b in pairs)
+
+
+# ---- augment.py: Mixup and CutMix ----
+
+
+def mixes(mix, calls, height, width, seed=0):
+    """What `calls` calls of `mix` do to ones and zeros: (image 0 of the result (H, W), λ in its target)."""
+    inputs, draws = torch.tensor([1.0, 0.0]).view(2, 1, 1, 1).expand(2, 3, height, width), generator(seed)
+    for _ in range(calls):
+        outputs, targets = mix(inputs, torch.tensor([0, 1]), draws)
+        assert torch.equal(outputs[0, 0], outputs[0, 1]) and torch.equal(outputs[0, 1], outputs[0, 2])
+        torch.testing.assert_close(outputs[1], 1 - outputs[0])
+        yield outputs[0, 0], targets[0, 0].item()
+
+
+@pytest.mark.parametrize("alpha", [0.8, 0.2])
+def test_mixups_lambda_is_beta_and_in_pixels_and_targets_alike(alpha):
+    lams = []
+    for pixels, lam in mixes(augment.Mixup(alpha, 0, 2, 0), 4_000, 1, 2):
+        assert torch.allclose(pixels, torch.tensor(lam), atol=1e-6)
+        lams.append(lam)
+    beta = np.random.default_rng(5).beta(alpha, alpha, 100_000)
+    assert is_like(lams, beta)
+    variance = 1 / (4 * (2 * alpha + 1))
+    assert abs(np.mean(lams) - 0.5) < 5 * math.sqrt(variance / 4_000)
+    assert abs(np.var(lams) / variance - 1) < 5 * math.sqrt(2 / 4_000)
+
+
+def test_cutmix_corrects_lambda_to_the_area_left():
+    lams = []
+    for pixels, lam in mixes(augment.Mixup(0, 1.0, 2, 0), 2_000, 64, 48):
+        own = pixels == 1
+        assert ((pixels == 0) | own).all() and abs(own.float().mean() - lam) < 1e-6
+        rows, columns = (~own).any(dim=1), (~own).any(dim=0)
+        assert torch.equal(~own, rows[:, None] & columns)  # one box, not a ring
+        assert (rows.int().diff().abs().sum() <= 2) and (columns.int().diff().abs().sum() <= 2)
+        lams.append(lam)
+    # The same in real numbers: a box of sides √(1 - λ) about a uniform centre, cut at the border.
+    rng = np.random.default_rng(6)
+    half = np.sqrt(1 - rng.random(100_000)) / 2
+    sides = [np.minimum(1, c + half) - np.maximum(0, c - half) for c in rng.random((2, 100_000))]
+    real = 1 - sides[0] * sides[1]
+    assert abs(np.mean(lams) - real.mean()) < 0.03 and abs(np.std(lams) - real.std()) < 0.02
+
+
+@pytest.mark.parametrize(("height", "width"), [(1000, 1000), (300, 800)])
+@pytest.mark.parametrize("lam", [0.0, 0.3, 0.75, 0.99])
+def test_cutmixs_box_has_sides_of_the_square_root_and_a_uniform_centre(height, width, lam):
+    draws = generator()
+    boxes = np.array([augment.Mixup.box(lam, height, width, draws) for _ in range(2_000)])
+    for low, high, side in [(boxes[:, 0], boxes[:, 1], height), (boxes[:, 2], boxes[:, 3], width)]:
+        assert low.min() >= 0 and high.max() <= side and (low <= high).all()
+        half = math.sqrt(1 - lam) * side / 2
+        whole = (low > 0) & (high < side)
+        assert (np.abs(high - low - 2 * half)[whole] <= 2).all()
+        # One end is not cut off, or the box would be larger than the image: it tells the centre.
+        centre = np.where(high < side, high - half, low + half)
+        uncut = (low > 0) | (high < side)
+        uniform = np.random.default_rng(7).uniform(0, side, 50_000)
+        reach = (uniform - half > 0) | (uniform + half < side)
+        assert abs(uncut.mean() - reach.mean()) < 0.05 and is_like(centre[uncut], uniform[reach])
+    assert uncorrelated(boxes[:, 0] + boxes[:, 1], boxes[:, 2] + boxes[:, 3])
+
+
+def test_mixup_or_cutmix_is_a_fair_coin_and_never_neither():
+    cuts, lams = [], []
+    for pixels, lam in mixes(augment.Mixup(0.8, 50, 2, 0), 3_000, 40, 40):
+        cuts.append(((pixels == 0) | (pixels == 1)).all().item())
+        assert cuts[-1] or (pixels == pixels[0, 0]).all()
+        lams.append(lam)
+    cuts, lams = np.array(cuts), np.array(lams)
+    assert is_share(cuts, 0.5) and uncorrelated(cuts[1:], cuts[:-1])
+    assert is_like(lams[~cuts], np.random.default_rng(8).beta(0.8, 0.8, 50_000))  # each has its own α:
+    assert lams[cuts].min() > 0.25  # Beta(50, 50) is narrow
+
+
+def test_the_partner_is_the_reversed_batch_and_targets_are_mixed_as_inputs():
+    inputs = torch.randn(7, 3, 6, 5, generator=generator())
+    labels = torch.tensor([3, 0, 9, 9, 4, 1, 3])
+    before, draws = inputs.clone(), generator(1)
+    partner = torch.from_numpy(inputs.numpy()[::-1].copy())
+    smoothed = np.full((7, 10), 0.1 / 10)
+    smoothed[np.arange(7), labels] = 0.9 + 0.1 / 10
+    for mix in [
+        augment.Mixup(0.8, 0, 10, 0.1),
+        augment.Mixup(0, 1.0, 10, 0.1),
+        augment.Mixup(0.8, 1, 10, 0.1),
+    ]:
+        for _ in range(50):
+            outputs, targets = mix(inputs, labels, draws)
+            assert targets.shape == (7, 10) and targets.dtype == torch.float32
+            torch.testing.assert_close(targets.sum(dim=1), torch.ones(7))
+            lam = ((targets[1, 0] - 0.01) / 0.9).item()
+            torch.testing.assert_close(
+                targets, torch.from_numpy(lam * smoothed + (1 - lam) * smoothed[::-1]).float()
+            )
+            if mix.cutmix_alpha == 0:
+                expected = lam * inputs + (1 - lam) * partner
+                torch.testing.assert_close(outputs, expected, rtol=1e-4, atol=1e-5)
+            elif mix.mixup_alpha == 0:
+                theirs = (outputs != inputs)[1]
+                assert torch.equal(outputs, torch.where(theirs, partner, inputs))
+    assert torch.equal(inputs, before)
+
+
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+def test_without_mixup_and_cutmix_targets_are_the_smoothed_labels(smoothing):
+    inputs, labels = torch.randn(4, 3, 2, 2), torch.tensor([2, 0, 1, 2])
+    outputs, targets = augment.Mixup(0, 0, 5, smoothing)(inputs, labels, generator())
+    assert torch.equal(outputs, inputs)
+    expected = torch.full((4, 5), smoothing / 5)
+    expected[range(4), labels] = 1 - smoothing + smoothing / 5
+    torch.testing.assert_close(targets, expected)
+
+
+# ---- augment.py: the whole step, and the sampler ----
+
+
+@pytest.mark.parametrize("policy", ["randaugment", "autoaugment", "none", "off"])
+def test_a_step_is_flip_policy_normalise_erase_mix_and_follows_its_generator(policy):
+    images, labels = noise(16, 3, 20, 20), torch.arange(16) % 10
+    step = augment.Augment(10, policy, erasing=0.25, mixup=0.8, cutmix=1.0, smoothing=0.1)
+    draws = generator(3)
+    expected = images
+    if policy != "off":
+        expected = augment.random_flip(expected, draws)
+        kinds = {"randaugment": augment.RandAugment, "autoaugment": augment.AutoAugment}
+        expected = kinds.get(policy, augment.ColorJitter)()(expected, draws)
+    expected = augment.RandomErasing(0.25)(augment.normalize(expected), draws)
+    expected = augment.Mixup(0.8, 1.0, 10, 0.1)(expected, labels, draws)
+    mine = generator(3)
+    inputs, targets = step(images, labels, mine)
+    assert torch.equal(inputs, expected[0]) and torch.equal(targets, expected[1])
+    assert torch.equal(mine.get_state(), draws.get_state())
+    assert not torch.equal(step(images, labels, mine)[0], inputs)  # the next draws are others
+
+
+@pytest.mark.parametrize("policy", ["randaugment", "autoaugment", "none", "off"])
+@pytest.mark.parametrize("size", [24, 32])
+def test_a_step_never_reads_its_pixels_to_decide(policy, size):
+    # Tensors of the device `meta` have no values: whoever waited for one would fail, as torch raises there.
+    step, draws, real = augment.Augment(10, policy), generator(), generator()
+    for seed in range(4):
+        images, labels = noise(40, 3, 24, 24, seed=seed), torch.arange(40) % 10
+        crops = augment.random_crop(images, size, real)
+        inputs, targets = step(crops, labels, real)
+        hollow = step(augment.random_crop(images.to("meta"), size, draws), labels.to("meta"), draws)
+        assert [x.shape for x in hollow] == [inputs.shape, targets.shape]
+        assert torch.equal(draws.get_state(), real.get_state())  # and drew as many numbers on the CPU
+
+
+def test_keyed_generators_repeat_with_their_key_and_differ_between_keys():
+    keys = [(0, "crop", 1, 0), (0, "crop", 1, 1), (0, "crop", 2, 0), (1, "crop", 1, 0), (0, "mix", 1, 0)]
+    draws = [torch.rand(50, generator=augment.keyed_generator(*key)) for key in keys]
+    assert len({draw.numpy().tobytes() for draw in draws}) == len(keys)
+    assert torch.equal(torch.rand(50, generator=augment.keyed_generator(*keys[2])), draws[2])
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("policy", ["randaugment", "autoaugment", "none"])
+@pytest.mark.parametrize("size", [32, 40])
+def test_a_gpu_gives_the_cpus_pixels_without_a_synchronisation(policy, size):
+    images, labels = soft_pictures(256, 32, 32), torch.arange(256) % 10
+    there = images.cuda(), labels.cuda()
+    step = augment.Augment(10, policy, mixup=0.8, cutmix=1.0)
+    for seed in range(4):
+        expected = step(augment.random_crop(images, size, generator(seed)), labels, generator(seed + 10))
+        torch.cuda.synchronize()
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            inputs, targets = step(
+                augment.random_crop(there[0], size, generator(seed)), there[1], generator(seed + 10)
+            )
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+        levels = (inputs.cpu() - expected[0]).abs() * 255 * 0.225  # before normalisation
+        assert (levels > 1.1).float().mean() < 0.01
+        torch.testing.assert_close(targets.cpu(), expected[1])
+
+
+def deal(size, ranks, epoch=0, **settings):
+    """The list that the ranks' shares of an epoch were dealt from."""
+    samplers = [augment.RepeatedAugmentSampler(size, ranks, rank, **settings) for rank in range(ranks)]
+    for sampler in samplers:
+        sampler.set_epoch(epoch)
+    shares = [list(sampler) for sampler in samplers]
+    assert all(len(share) == len(sampler) for share, sampler in zip(shares, samplers, strict=True))
+    return np.array(shares).T.ravel()  # rank r has number r, r + W, ...
+
+
+@pytest.mark.parametrize("size", [5, 100, 255, 256, 1000, 1300])
+@pytest.mark.parametrize("ranks", [1, 2, 3])
+def test_repeated_augmentation_shows_a_third_of_the_images_three_times_in_a_row(size, ranks):
+    dealt = deal(size, ranks)
+    kept = size // 256 * 256 // ranks if size >= 256 else size // ranks
+    assert len(dealt) == kept * ranks and dealt.min() >= 0 and dealt.max() < size
+    shown = dealt[::3]
+    assert np.array_equal(dealt, np.repeat(shown, 3)[: len(dealt)])
+    assert len(set(shown.tolist())) == len(shown) == math.ceil(len(dealt) / 3)
+
+
+def test_each_epoch_and_seed_has_a_shuffle_of_its_own():
+    orders = [deal(600, 2, epoch, seed=seed) for epoch, seed in [(0, 0), (1, 0), (2, 0), (0, 1)]]
+    assert len({order.tobytes() for order in orders}) == 4
+    assert np.array_equal(deal(600, 2, 1), orders[1])
+    assert is_like(np.concatenate([deal(600, 1, epoch)[::3] for epoch in range(100)]), np.arange(600))
+
+
+def test_a_single_repeat_is_a_plain_shuffle():
+    for ranks in (1, 2, 3):
+        dealt = deal(1000, ranks, num_repeats=1)
+        assert len(set(dealt.tolist())) == len(dealt) == 768 // ranks * ranks
+    assert sorted(deal(256, 2, num_repeats=1)) == list(range(256))
+    assert deal(256, 2, num_repeats=1).tolist() != list(range(256))
+
+
+@pytest.mark.parametrize(("size", "ranks", "rank", "repeats"), [(0, 1, 0, 3), (9, 2, 2, 3), (9, 1, 0, 0)])
+def test_samplers_that_cannot_be_are_refused(size, ranks, rank, repeats):
+    with pytest.raises(ValueError, match=f"no sampler of {size} images"):
+        augment.RepeatedAugmentSampler(size, ranks, rank, num_repeats=repeats)
+
+
+# ---- data.py ----
 
 
 def test_shapes_depend_on_seed_split_and_index_alone():
@@ -618,7 +1460,6 @@ def test_folders_that_make_no_data_set_are_refused(tmp_path):
 
 # ---- train.py ----
 
-ALONE = Place(0, 1, CPU)
 QUICK = {"img_size": 16, "patch_size": 8, "epochs": 3, "batch_size": 16, "lr": 3e-3, "device": "cpu"}
 PLAIN = {"augment": "off", "mixup": 0.0, "cutmix": 0.0, "erasing": 0.0, "drop_path": 0.0}
 
@@ -918,6 +1759,32 @@ def test_evaluate_repeats_the_accuracy_that_training_ended_with(tmp_path, monkey
     )
     measure.main()
     assert capsys.readouterr().out == f"{tmp_path}/run/last.pth: {headline(ended)}\n"
+
+
+def test_token_cosines_are_those_of_the_embeddings_after_each_block(
+    tmp_path, monkeypatch, few_shapes, capsys
+):
+    assert (
+        run_train(monkeypatch, *flags(QUICK | {"distill": "label", "epochs": 1, "out": tmp_path / "run"}))
+        == 0
+    )
+    model = create_model("tiny", num_classes=10, img_size=16, patch_size=8, distilled=True).eval()
+    model.load_state_dict(weights_of(tmp_path / "run"))
+    seen = []
+    for block in model.blocks[:-1]:
+        block.register_forward_hook(lambda module, arguments, output: seen.append(output))
+    model(train.normalize(draw_shapes("val", 20, 16, CPU).images))
+    pairs = [x[:, :2].detach().numpy() for x in seen]
+    expected = [np.mean([a @ b / np.linalg.norm(a) / np.linalg.norm(b) for a, b in x]) for x in pairs]
+    capsys.readouterr()
+    monkeypatch.setattr(
+        "sys.argv", ["evaluate.py", "tokens", str(tmp_path / "run/last.pth"), "--device", "cpu"]
+    )
+    with torch.no_grad():
+        measure.main()
+    printed = [float(word) for word in capsys.readouterr().out.splitlines()[-1].split()]
+    assert len(printed) == 12
+    np.testing.assert_allclose(printed[:-1], expected, atol=6e-4)
 
 
 def test_the_contact_sheet_shows_every_operation(tmp_path, monkeypatch):

@@ -135,7 +135,7 @@ RECIPES = {
     "cifar10": dict(SMALL, img_size=32, patch_size=4, epochs=100, batch_size=256, lr=1e-3),
     "cifar100": dict(SMALL, img_size=32, patch_size=4, epochs=100, batch_size=256, lr=1e-3),
     "folder": dict(SMALL, epochs=100, batch_size=64, lr=1e-3),
-    "shapes": dict(SMALL, img_size=32, patch_size=8, epochs=7, batch_size=64, lr=4e-3, warmup_epochs=0.5,
+    "shapes": dict(SMALL, img_size=32, patch_size=8, epochs=8, batch_size=64, lr=4e-3, warmup_epochs=0.5,
                    drop_path=0.0, teacher_epochs=4),
 }  # fmt: skip
 # What a convnet changes: SGD. Teachers have "the same data and same data-augmentation" (section 5.2),
@@ -678,13 +678,15 @@ def train_teacher(
 
 def load_teacher(settings: dict, data: list[ArraySet | FolderSet], place: Place) -> nn.Module:
     """The teacher in settings["teacher_weights"], on the device."""
-    teacher = create_teacher(
-        settings["teacher"],
-        len(data[0].classes),
-        settings["teacher_weights"],
-        img_size=settings["img_size"],
-        patch_size=settings["patch_size"],
-    ).to(place.device)
+    classes, weights = data[0].classes, settings["teacher_weights"]
+    sizes = {name: settings[name] for name in ("img_size", "patch_size")}
+    teacher = create_teacher(settings["teacher"], len(classes), weights, **sizes).to(place.device)
+    if teacher.classes is not None and teacher.classes != classes:
+        odd = next(n for n in range(len(classes)) if teacher.classes[n] != classes[n])
+        raise UsageError(
+            f"{weights} knows other classes, or in another order: class {odd} is {teacher.classes[odd]!r} "
+            f"there and {classes[odd]!r} here; a teacher must have been trained on the student's classes"
+        )
     return teacher if settings["teacher"] in SIZES else teacher.to(memory_format=torch.channels_last)
 
 
