@@ -159,7 +159,8 @@ def cubic_taps(offset: Tensor, a: float = -1.0) -> tuple[Tensor, Tensor, Tensor,
 def fill_outside(sampled: Tensor, inside: Tensor) -> Tensor:
     """Whole levels where the source point lies in the image, the fill colour elsewhere."""
     fill = torch.tensor(FILL, dtype=torch.uint8).to(sampled.device, non_blocking=True).view(1, 3, 1, 1)
-    return torch.where(inside, sampled.clamp_(0, 255).to(torch.uint8), fill)
+    # Four float32 weights may sum to a hair less than 1; cut to whole levels, flat areas would darken by one.
+    return torch.where(inside, (sampled + 1e-3).clamp_(0, 255).to(torch.uint8), fill)
 
 
 def shift_rows(images: Tensor, shift: Tensor) -> Tensor:
@@ -437,8 +438,8 @@ def resize_boxes(images: Tensor, boxes: Tensor, size: int) -> Tensor:
     top, left, high, wide = to_device(boxes.T, images)
     vertical = resize_weights(top, high, images.shape[2], size)[:, None]
     horizontal = resize_weights(left, wide, images.shape[3], size)[:, None]
-    resized = vertical @ (images.float() @ horizontal.transpose(2, 3))
-    return resized.round_().clamp_(0, 255).to(torch.uint8)
+    rows = (images.float() @ horizontal.transpose(2, 3)).round_().clamp_(0, 255)  # whole levels, as Pillow's
+    return (vertical @ rows).round_().clamp_(0, 255).to(torch.uint8)
 
 
 def random_crop(images: Tensor, size: int, generator: Generator) -> Tensor:
@@ -451,13 +452,17 @@ def random_crop(images: Tensor, size: int, generator: Generator) -> Tensor:
 
 
 def central_crop(images: Tensor, size: int) -> Tensor:
-    """Evaluation crop uint8 (B, 3, size, size): the whole image at its own size, else the central 0.875."""
+    """Evaluation crop uint8 (B, 3, size, size): short side to size / 0.875, then the centre.
+
+    Images of their own size stay as they are.
+    """
     height, width = images.shape[2:]
     if (height, width) == (size, size):
         return images
-    side = 0.875 * min(height, width)
-    box = torch.tensor([(height - side) / 2, (width - side) / 2, side, side])
-    return resize_boxes(images, box.expand(len(images), 4), size)
+    scaled = [max(size, round(side * size / 0.875 / min(height, width))) for side in (height, width)]
+    resized = F.interpolate(images.float(), scaled, mode="bicubic", antialias=True)
+    top, left = (round((side - size) / 2) for side in scaled)
+    return resized[:, :, top : top + size, left : left + size].round().clamp_(0, 255).to(torch.uint8)
 
 
 # ---- After the pixels are numbers: normalise, erase, mix ----
@@ -634,6 +639,4 @@ class RepeatedAugmentSampler(Sampler[int]):
     def __iter__(self) -> Iterator[int]:
         order = torch.randperm(self.dataset_size, generator=keyed_generator(self.seed, "sampler", self.epoch))
         order = order.repeat_interleave(self.num_repeats)
-        missing = -len(order) % self.num_replicas  # pad to a multiple of the replicas by starting over
-        order = torch.cat([order, order.repeat(-(-missing // len(order)))[:missing]])
         return iter(order[self.rank :: self.num_replicas][: len(self)].tolist())

@@ -453,7 +453,7 @@ def test_teachers_that_do_not_fit_are_told_at_once(tmp_path):
 
 
 def paper_layout_logits(state, x, stages):
-    """A RegNetY written as functions of a state dict in the paper's file's layout: an independent second network."""
+    """A RegNetY written as functions of a state dict in the paper's file's layout: a second network."""
 
     def norm(x, name):
         mean, var = state[f"{name}.running_mean"], state[f"{name}.running_var"]
@@ -676,7 +676,7 @@ def test_geometric_operations_are_pillows_bicubic_ones(name, pictures):
     # Rounding may put a point on the border on its other side, and so a fill pixel where Pillow has none.
     differences = [difference.amax(dim=0) for difference in away_from_pillow(name, pictures)]
     pixels = torch.cat([difference.flatten() for difference in differences])
-    assert (pixels > 1).float().mean() < 2e-4 and pixels[pixels <= 1].float().mean() < 0.25
+    assert (pixels > 1).float().mean() < 2e-4 and pixels[pixels <= 1].float().mean() < 0.02
 
 
 def test_geometric_operations_show_the_mean_colour_beyond_the_border():

@@ -1,8 +1,7 @@
-"""Training: one flat loop for students, teachers and fine-tuning; distributed, mixed precision, EMA,
-checkpoints.
+"""Training: one flat loop for students, teachers and fine-tuning (section 6, Table 9).
 
-    torchrun train.py --model tiny --distill hard                       # minutes on a laptop: draws its own
-    data torchrun train.py --data cifar10 --model tiny --distill hard        # one GPU
+    torchrun train.py --model tiny --distill hard                       # minutes on a laptop
+    torchrun train.py --data cifar10 --model tiny --distill hard        # one GPU
     torchrun --nproc_per_node 8 train.py --data imagenet --data-path IMAGENET --model base --distill hard
 
 `python train.py` is the same on one process. The defaults of a data set are its recipe, RECIPES below.
@@ -50,9 +49,8 @@ def number(kind: type, low: float, high: float = math.inf, below: float = math.i
     def convert(text: str):
         value = kind(text)
         if not (low <= value <= high and value < below):
-            limit = f" and below {below:g}" * (below < math.inf) + f" and at most {high:g}" * (
-                high < math.inf
-            )
+            limit = f" and at most {high:g}" if high < math.inf else f" and below {below:g}"
+            limit = limit if min(high, below) < math.inf else ""
             raise argparse.ArgumentTypeError(f"{text} is not allowed: it must be at least {low:g}{limit}")
         return value
 
