@@ -1,7 +1,7 @@
 """What happens to a batch of images before the model sees it (section 6, Tables 7 and 9).
 
-    random_crop -> Augment: flip -> RandAugment | AutoAugment | colour jitter -> normalise -> erasing -> Mixup
-    | CutMix
+    random_crop -> Augment: flip -> RandAugment | AutoAugment | colour jitter
+                            -> normalise -> erasing -> Mixup | CutMix
 
 Everything works on whole batches, on the device the batch is on: images are grouped by operation, and each
 operation is a short function of (images, one argument an image) that does to the pixels what Pillow does.
@@ -47,8 +47,7 @@ def to_device(choices: Tensor, images: Tensor) -> Tensor:
 
 
 def blend(degenerate: Tensor, images: Tensor, factor: Tensor) -> Tensor:
-    """Pillow's Image.blend: factor 0 gives `degenerate`, 1 the images, above 1 more of what the images
-    have."""
+    """Pillow's Image.blend: factor 0 gives `degenerate`, 1 the images, above 1 goes beyond them."""
     degenerate = degenerate.float()
     return (
         (degenerate + factor.float().view(-1, 1, 1, 1) * (images - degenerate)).clamp_(0, 255).to(torch.uint8)
@@ -164,8 +163,7 @@ def fill_outside(sampled: Tensor, inside: Tensor) -> Tensor:
 
 
 def shift_rows(images: Tensor, shift: Tensor) -> Tensor:
-    """Pixel x of row y becomes the one at x + shift[y], shift float (n, H) or (n, 1), by cubic
-    interpolation."""
+    """Pixel x of row y becomes the one at x + shift[y], interpolated; shift float (n, H) or (n, 1)."""
     height, width = images.shape[2:]
     whole = shift.floor()
     taps = cubic_taps((shift - whole)[:, None, :, None])
@@ -326,8 +324,10 @@ AUTOAUGMENT_POLICY = [
 
 
 class AutoAugment:
-    """AutoAugment's ImageNet policy (Cubuk et al., 2019): uint8 (B, 3, H, W) in and out; one sub-policy an
-    image."""
+    """AutoAugment's ImageNet policy (Cubuk et al., 2019): uint8 (B, 3, H, W) in and out.
+
+    Each image gets one of the 25 sub-policies, all equally likely.
+    """
 
     def __init__(self):
         self.choice = torch.tensor(
@@ -376,8 +376,7 @@ def random_flip(images: Tensor, generator: Generator) -> Tensor:
 
 
 def pad_and_crop(images: Tensor, generator: Generator, padding: int = 4) -> Tensor:
-    """Pads with black and cuts the old size out at a random place: the crop for images kept at their own
-    size."""
+    """Pads with black and cuts the old size out again at a random place."""
     height, width = images.shape[2:]
     padded = F.pad(images, [padding] * 4)
     top, left = torch.randint(2 * padding + 1, (2, len(images)), generator=generator)
@@ -443,8 +442,7 @@ def resize_boxes(images: Tensor, boxes: Tensor, size: int) -> Tensor:
 
 
 def random_crop(images: Tensor, size: int, generator: Generator) -> Tensor:
-    """Training crop uint8 (B, 3, size, size): pad-and-crop at the images' own size, else random resized
-    crop."""
+    """Training crop uint8 (B, 3, size, size): random resized crop, at the images' own size pad-and-crop."""
     height, width = images.shape[2:]
     if (height, width) == (size, size):
         return pad_and_crop(images, generator)
@@ -477,8 +475,7 @@ def normalize(images: Tensor) -> Tensor:
 
 
 def hashed_normal(seed: int, count: int, device: torch.device) -> Tensor:
-    """`count` draws of N(0, 1), the same on every device: draw i is a hash of (seed, i) through the inverse
-    CDF."""
+    """`count` draws of N(0, 1), float32, the same on every device: draw i is made from a hash of seed + i."""
     x = (
         torch.arange(count, device=device) + seed
     )  # seed < 2³²; two rounds of multiply and xor-shift mix 32 bits

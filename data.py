@@ -166,8 +166,7 @@ HELD_BYTES = 2**30  # a set of equally large images that needs less than this is
 
 
 def open_folder(root: Path, device: torch.device) -> ArraySet | FolderSet:
-    """The images below root/CLASS/; held whole when they are all of one size and small together, else
-    streamed."""
+    """The images below root/CLASS/: held if they are all of one size and small together, else streamed."""
     try:
         found = torchvision.datasets.ImageFolder(root)
     except OSError as error:
@@ -226,8 +225,7 @@ def to_tensor(image: Image.Image) -> Tensor:
 
 
 def crop_file(image: Image.Image, size: int, key: tuple | None) -> Tensor:
-    """What `random_crop` (with a key) and `central_crop` (without) do, by Pillow in a worker: uint8 (3, size,
-    size)."""
+    """`random_crop` (with a key) or `central_crop` (without), done by Pillow: uint8 (3, size, size)."""
     if key is not None:
         top, left, high, wide = random_boxes(1, image.height, image.width, keyed_generator(*key))[0].tolist()
         image = image.crop((left, top, left + wide, top + high))
@@ -264,8 +262,7 @@ class Crops(Dataset):
 def stream(
     data: FolderSet, size: int, plan, workers: int, device: torch.device
 ) -> Iterator[tuple[Tensor, Tensor]]:
-    """The batches that `plan` (an iterable of items of Crops) asks for, decoded ahead of time by worker
-    processes."""
+    """The batches that `plan` (an iterable of items of Crops) asks for, read ahead by worker processes."""
     pinned = device.type == "cuda"
     for batch in DataLoader(
         Crops(data, size), sampler=plan, batch_size=None, num_workers=workers, pin_memory=pinned
@@ -327,8 +324,7 @@ def eval_batches(
     workers: int,
     device: torch.device,
 ) -> Iterator[tuple[Tensor, Tensor]]:
-    """This process's share of a data set, every image once over all processes: uint8 (B, 3, S, S), labels
-    (B,)."""
+    """This process's share of a data set, uint8 (B, 3, S, S) and labels (B,): every image once over all."""
     if isinstance(data, FolderSet):
         mine = list(range(rank, len(data), world))
         plan = [(mine[i : i + batch_size], None) for i in range(0, len(mine), batch_size)]

@@ -30,8 +30,7 @@ def both(outputs: Outputs) -> tuple[Tensor, Tensor]:
 
 
 def label_loss(outputs: Outputs, targets: Tensor) -> Tensor:
-    """Cross-entropy with the true label; of a pair, the mean of both (the paper's control: two class
-    tokens)."""
+    """Cross-entropy with the true label; of a pair the mean of both, the paper's control."""
     if isinstance(outputs, Tensor):
         return F.cross_entropy(outputs, targets)
     first, second = outputs

@@ -1,6 +1,7 @@
 """What one measures or looks at after training; a word for each.
 
 python evaluate.py accuracy runs/shapes-tiny-hard/last.pth
+python evaluate.py tokens runs/shapes-tiny-hard/last.pth
 python evaluate.py augmentations --out augmentations.png
 """
 
@@ -68,8 +69,7 @@ def layer_embeddings(network: DeiT, images: Tensor) -> Tensor:
 
 
 def tokens(arguments: argparse.Namespace) -> None:
-    """Cosine between the two token parameters, and between their embeddings after every layer (mean over
-    images)."""
+    """Cosine between the two token parameters, and between their embeddings after every layer."""
     place = join(arguments.device)
     for path in arguments.checkpoints:
         network, val_set, settings = open_checkpoint(path, arguments, place)
@@ -108,8 +108,7 @@ def sheet(rows: list[tuple[str, Tensor, list[str]]]) -> Image.Image:
 
 
 def augmentations(arguments: argparse.Namespace) -> None:
-    """A labelled sheet: RandAugment's operations at several magnitudes, and whole batches with their
-    targets."""
+    """A labelled sheet: RandAugment's operations by magnitude, and whole batches with their targets."""
     if arguments.images:
         size = (224, 224)
         images = [

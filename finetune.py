@@ -1,8 +1,7 @@
-"""Fine-tuning at a higher resolution (sections 3, 4 and 6): other starting weights and another recipe for the
-same loop.
+"""Fine-tuning at a higher resolution (sections 3, 4 and 6): other weights and recipes for train.py's loop.
 
-    python finetune.py                                       # the last run of train.py, half as many pixels
-    again a side torchrun finetune.py --checkpoint RUN/last.pth --img-size 48
+    python finetune.py                          # the last run of train.py, at 1.5 times its size
+    torchrun finetune.py --checkpoint RUN/last.pth --img-size 48
 
 Position embeddings are resized bicubically, stochastic depth is off, the augmentation of training is kept,
 and both the true label and a teacher at the new resolution supervise. Where the student's teacher knows only

@@ -1,5 +1,4 @@
-"""The transformer: attention, block, DeiT, its three sizes, and the loading of weights (paper, sections 3 and
-5.1).
+"""The transformer: attention, block, DeiT, its three sizes, the loading of weights (sections 3 and 5.1).
 
 An image is cut into patches, each patch becomes one token, a class token (and, when distilled, a distillation
 token) is put in front, and twelve blocks of self-attention and MLP mix them. One linear head reads each of

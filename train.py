@@ -153,8 +153,7 @@ class Parser(argparse.ArgumentParser):
 
 
 def add_flag(parser: argparse.ArgumentParser, name: str, default, kind, text: str) -> None:
-    """The flag of one setting. It is in the parsed namespace only if it was given: recipes have the
-    defaults."""
+    """The flag of one setting, which is parsed only if it was given: recipes have the defaults."""
     more = {"choices": kind} if isinstance(kind, tuple) else {"type": kind}
     if kind is bool:
         more = {"action": "store_true"}
@@ -358,8 +357,7 @@ def workers(settings: dict, place: Place) -> int:
 
 
 def write_whole(path: Path, write: Callable) -> None:
-    """Calls `write` with an open binary file that takes the name `path` only when it is complete and on the
-    disk."""
+    """Calls `write` with a binary file that takes the name `path` only when it is whole and on the disk."""
     partial = path.with_name(path.name + ".partial")
     try:
         with open(partial, "wb") as file:
