@@ -743,8 +743,17 @@ def program(main: Callable[[], None]) -> None:
         if dist.is_initialized():
             dist.destroy_process_group()
     except UsageError as error:
+        if os.environ.get("RANK", "0") != "0":
+            time.sleep(2)  # what all processes find is told by the first, whose end stops the others
         print(f"error: {error}", file=sys.stderr, flush=True)
         sys.exit(2)
+    except KeyboardInterrupt:
+        print(
+            "error: interrupted; the finished epochs are saved, --resume continues",
+            file=sys.stderr,
+            flush=True,
+        )
+        sys.exit(130)
 
 
 def main() -> None:
