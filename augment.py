@@ -26,6 +26,7 @@ MEAN, STD = (
     (0.485, 0.456, 0.406),
     (0.229, 0.224, 0.225),
 )  # ImageNet's, used for every data set as in the paper
+SMALL_IMAGE = 64  # pixels: up to this side, images kept at their own size are padded and cropped
 FILL = (124, 116, 104)  # the mean as a colour: what geometric operations show beyond the border
 
 
@@ -442,9 +443,9 @@ def resize_boxes(images: Tensor, boxes: Tensor, size: int) -> Tensor:
 
 
 def random_crop(images: Tensor, size: int, generator: Generator) -> Tensor:
-    """Training crop uint8 (B, 3, size, size): random resized crop, at the images' own size pad-and-crop."""
+    """Training crop uint8 (B, 3, size, size): random resized crop; small images of that size are padded."""
     height, width = images.shape[2:]
-    if (height, width) == (size, size):
+    if height == width == size <= SMALL_IMAGE:
         return pad_and_crop(images, generator)
     return resize_boxes(images, random_boxes(len(images), height, width, generator), size)
 
@@ -614,8 +615,8 @@ class RepeatedAugmentSampler(Sampler[int]):
 
     The list is dealt to the replicas in turn, so that one image's repeats meet in one step. An epoch keeps
     about `dataset_size` samples of it, that is 1/num_repeats of the images: each rank (N // 256 · 256) / W of
-    them, or N / W where N < 256, rounded down. On one process it is the same; with num_repeats = 1 it is a
-    plain shuffle.
+    them, or N / W where N < 256, rounded down. On one process it is the same. With num_repeats = 1 it is a
+    plain shuffle of all images, N / W for each rank.
     """
 
     def __init__(self, dataset_size: int, num_replicas: int, rank: int, num_repeats: int = 3, seed: int = 0):
@@ -631,7 +632,8 @@ class RepeatedAugmentSampler(Sampler[int]):
         self.epoch = epoch
 
     def __len__(self) -> int:
-        return (self.dataset_size // 256 * 256 or self.dataset_size) // self.num_replicas
+        kept = self.dataset_size // 256 * 256 if self.num_repeats > 1 else 0
+        return (kept or self.dataset_size) // self.num_replicas
 
     def __iter__(self) -> Iterator[int]:
         order = torch.randperm(self.dataset_size, generator=keyed_generator(self.seed, "sampler", self.epoch))

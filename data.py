@@ -190,30 +190,29 @@ SHAPES_COUNT = {"train": 8000, "val": 2000}
 DATA_NAMES = ("shapes", "cifar10", "cifar100", "imagenet", "folder")
 
 
-def load_data(name: str, path: str, img_size: int, device: torch.device) -> list[ArraySet | FolderSet]:
-    """The training and the validation set called `name`, one of DATA_NAMES.
+def load_data(
+    name: str, path: str, img_size: int, device: torch.device, splits: tuple[str, ...] = ("train", "val")
+) -> list[ArraySet | FolderSet]:
+    """The named splits of the data set called `name`, one of DATA_NAMES.
 
     `path` is where downloads go and, for `folder` and `imagenet`, the tree with train/CLASS/* and
     val/CLASS/*. Raises UsageError for what is missing or does not fit together.
     """
     if name == "shapes":
-        return [draw_shapes(split, SHAPES_COUNT[split], img_size, device) for split in ("train", "val")]
+        return [draw_shapes(split, SHAPES_COUNT[split], img_size, device) for split in splits]
     if name in ("cifar10", "cifar100"):
         kind = torchvision.datasets.CIFAR10 if name == "cifar10" else torchvision.datasets.CIFAR100
-        return [download(kind, Path(path), train, device) for train in (True, False)]
-    for split in ("train", "val"):
+        return [download(kind, Path(path), split == "train", device) for split in splits]
+    for split in splits:
         if not (Path(path) / split).is_dir():
             raise UsageError(
-                f"there is no folder {Path(path) / split}; --data-path must hold train/CLASS/* and "
-                "val/CLASS/*"
+                f"there is no folder {Path(path) / split}; --data-path must hold train/CLASS/*, val/CLASS/*"
             )
-    train, val = (open_folder(Path(path) / split, device) for split in ("train", "val"))
-    if train.classes != val.classes:
-        odd = sorted(set(train.classes) ^ set(val.classes))
-        raise UsageError(
-            f"train and val below {path} have different classes: {odd[0]!r} is only in one of them"
-        )
-    return [train, val]
+    found = [open_folder(Path(path) / split, device) for split in splits]
+    odd = set(found[0].classes) ^ set(found[-1].classes)
+    if odd:
+        raise UsageError(f"train and val below {path} have different classes: {min(odd)!r} is only in one")
+    return found
 
 
 # ---- Batches ----
@@ -230,6 +229,8 @@ def crop_file(image: Image.Image, size: int, key: tuple | None) -> Tensor:
         top, left, high, wide = random_boxes(1, image.height, image.width, keyed_generator(*key))[0].tolist()
         image = image.crop((left, top, left + wide, top + high))
         return to_tensor(image.resize((size, size), Image.Resampling.BICUBIC))
+    if image.size == (size, size):
+        return to_tensor(image)
     scale = size / 0.875 / min(image.size)
     image = image.resize([max(size, round(side * scale)) for side in image.size], Image.Resampling.BICUBIC)
     left, top = round((image.width - size) / 2), round((image.height - size) / 2)
@@ -279,6 +280,7 @@ def train_batches(
     batch_size: int,
     sampler: RepeatedAugmentSampler,
     *,
+    per_epoch: int,
     start: int,
     stop: int,
     crop: bool,
@@ -288,11 +290,10 @@ def train_batches(
     """Batches number `start` to `stop` of this process: uint8 (B, 3, S, S) and labels int64 (B,), across
     epochs.
 
-    An epoch has len(sampler) // batch_size batches. `crop` cuts at random, else in the centre. What is drawn
+    An epoch has `per_epoch` batches. `crop` cuts at random, else in the centre. What is drawn
     depends on the sampler's seed and rank and on the batch's number alone, so any `start` continues the same
     stream.
     """
-    per_epoch = len(sampler) // batch_size
 
     def plan() -> Iterator[tuple[list[int], tuple | None]]:
         order = []
@@ -339,4 +340,6 @@ if __name__ == "__main__":
     sheet = Image.new("RGB", (12 * 36, 10 * 36), "white")
     for i in range(120):
         sheet.paste(draw_shape(0, "train", i, 32)[0], (i // 10 * 36 + 2, i % 10 * 36 + 2))
-    sheet.resize((864, 720), Image.Resampling.NEAREST).save(sys.argv[1])
+    sheet.resize((864, 720), Image.Resampling.NEAREST).save(
+        sys.argv[1] if len(sys.argv) > 1 else "shapes.png"
+    )

@@ -8,9 +8,7 @@ teaches the class token and the teacher teaches the distillation token.
 """
 
 import math
-import pickle
 import re
-import zipfile
 from pathlib import Path
 
 import torch
@@ -19,7 +17,7 @@ import torchvision
 from torch import Tensor, nn
 from torchvision.models.regnet import BlockParams, RegNet
 
-from model import OFFICIAL, SIZES, UsageError, create_model, fuse
+from model import OFFICIAL, SIZES, UsageError, check_fit, create_model
 
 Outputs = Tensor | tuple[Tensor, Tensor]
 
@@ -84,6 +82,16 @@ def check_name(name: str) -> None:
         )
 
 
+def try_network(name: str, img_size: int) -> None:
+    """Raises UsageError unless torchvision's classifier takes images of this size."""
+    try:
+        with torch.no_grad():
+            create_convnet(name, 10, img_size).eval()(torch.zeros(1, 3, img_size, img_size))
+    except (RuntimeError, AssertionError, ValueError, TypeError) as error:
+        reason = (str(error).strip().splitlines() or [""])[0]
+        raise UsageError(f"{name} cannot be used on images of {img_size} pixels: {reason}") from error
+
+
 def create_convnet(name: str, num_classes: int, img_size: int) -> nn.Module:
     """A RegNetY or any torchvision classifier with fresh weights.
 
@@ -96,7 +104,10 @@ def create_convnet(name: str, num_classes: int, img_size: int) -> nn.Module:
         network = RegNet(params, num_classes)
     else:
         check_name(name)
-        network = torchvision.models.get_model(name, weights=None, num_classes=num_classes)
+        more = {"image_size": img_size} if name.startswith("vit_") else {}
+        if name in ("googlenet", "inception_v3"):  # no auxiliary heads: one network, one output
+            more = {"aux_logits": False, "init_weights": True}
+        network = torchvision.models.get_model(name, weights=None, num_classes=num_classes, **more)
     if img_size <= SMALL_IMAGE:
         first = next(module for module in network.modules() if isinstance(module, nn.Conv2d))
         if first.stride != first.kernel_size:  # those of transformers cut patches
@@ -104,44 +115,33 @@ def create_convnet(name: str, num_classes: int, img_size: int) -> nn.Module:
     return network
 
 
-def read_checkpoint(path: str | Path) -> dict:
-    """The contents of a checkpoint file, on the CPU. Nothing in the file is ever executed.
+def read_checkpoint(source: str | Path) -> dict:
+    """The contents of a checkpoint file or URL, on the CPU. Nothing in it is ever executed.
 
-    Raises UsageError if there is no such file or it is not a checkpoint.
+    A URL is downloaded once; a file name that ends in -HASH.pth has its SHA-256 checked against it. Raises
+    UsageError if there is no such file or it is not a checkpoint.
     """
     try:
-        contents = torch.load(path, map_location="cpu", weights_only=True)
+        if is_url(source):
+            contents = torch.hub.load_state_dict_from_url(
+                source, map_location="cpu", check_hash=True, weights_only=True
+            )
+        else:
+            contents = torch.load(source, map_location="cpu", weights_only=True)
     except FileNotFoundError:
-        raise UsageError(f"there is no file {path}") from None
-    except (
-        OSError,
-        RuntimeError,
-        EOFError,
-        ValueError,
-        KeyError,
-        pickle.UnpicklingError,
-        zipfile.BadZipFile,
-    ) as error:
-        raise UsageError(
-            f"{path} is not a checkpoint that can be read safely: {str(error).splitlines()[0]}"
-        ) from error
+        raise UsageError(f"there is no file {source}") from None
+    except Exception as error:  # a damaged file can make the reader raise anything
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise UsageError(f"{source} is not a checkpoint that can be read safely: {reason}") from error
     if not isinstance(contents, dict):
         raise UsageError(
-            f"{path} is not a checkpoint: it holds a {type(contents).__name__}, not named weights"
+            f"{source} is not a checkpoint: it holds a {type(contents).__name__}, not named weights"
         )
     return contents
 
 
-def is_url(source: str) -> bool:
-    return source.startswith(("http://", "https://"))
-
-
-def read_url(url: str) -> dict:
-    """Downloads a checkpoint once; a file name that ends in -HASH.pth has its SHA-256 checked against it."""
-    try:
-        return torch.hub.load_state_dict_from_url(url, map_location="cpu", check_hash=True, weights_only=True)
-    except (OSError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
-        raise UsageError(f"could not get {url}: {' '.join(str(error).split())}") from error
+def is_url(source: str | Path) -> bool:
+    return str(source).startswith(("http://", "https://"))
 
 
 def published_url(name: str) -> str:
@@ -202,9 +202,8 @@ def create_teacher(
     misfits.
     """
     check_name(name)
-    source = published_url(name) if weights == "published" else str(weights or "")
-    read = read_url if is_url(source) else read_checkpoint
-    contents = read(source) if source else {}
+    source = published_url(name) if weights == "published" else weights
+    contents = read_checkpoint(source) if source else {}
     settings, state = contents.get("settings", {}), checkpoint_weights(contents)
     if settings.get("model", name) != name:
         raise UsageError(f"{weights} holds a {settings['model']}, not a {name}")
@@ -222,15 +221,8 @@ def create_teacher(
     else:
         teacher = create_convnet(name, num_classes, img_size)
         state = torchvision_layout(state)
-    own = teacher.state_dict()
-    for key in {**own, **state} if state else ():
-        ours, theirs = (tuple(tensors[key].shape) if key in tensors else "absent" for tensors in (own, state))
-        if ours != theirs:
-            raise UsageError(
-                f"{weights} does not fit a {name} with {num_classes} classes: {key} is {theirs} in the file, "
-                f"not {ours}; a teacher must know the student's classes"
-            )
     if state:
+        check_fit(teacher.state_dict(), state, f"{weights} does not fit a {name} for {num_classes} classes")
         teacher.load_state_dict(state)
     teacher.img_size, teacher.classes = img_size, settings.get("classes")
     return teacher.eval().requires_grad_(False)
@@ -247,4 +239,7 @@ def teacher_logits(teacher: nn.Module, inputs: Tensor) -> Tensor:
         inputs = F.interpolate(inputs, size, mode="bicubic", antialias=True)
     with torch.no_grad():
         outputs = teacher(inputs)
-    return outputs if isinstance(outputs, Tensor) else fuse(outputs).log()
+    if isinstance(outputs, Tensor):
+        return outputs
+    # log of the mean of the softmaxes, without the underflow of taking the mean first
+    return torch.stack([z.float().log_softmax(dim=-1) for z in outputs]).logsumexp(dim=0) - math.log(2)

@@ -41,7 +41,9 @@ def open_checkpoint(
     settings = contents["settings"] | {"workers": -1}
     settings |= {name: getattr(arguments, name) for name in ("data", "data_path") if getattr(arguments, name)}
     network = create_teacher(settings["model"], len(settings["classes"]), path).to(place.device)
-    val_set = load_data(settings["data"], settings["data_path"], settings["img_size"], place.device)[1]
+    val_set = load_data(
+        settings["data"], settings["data_path"], settings["img_size"], place.device, ("val",)
+    )[0]
     if val_set.classes != network.classes:
         raise UsageError(f"{path} knows other classes than those of {settings['data']}")
     return network, val_set, settings
@@ -147,7 +149,10 @@ def augmentations(arguments: argparse.Namespace) -> None:
             "\n".join(f"{100 * share:.0f}% {classes[label]}" for share, label in parts) for parts in shares
         ]
         rows.append((f"whole path,\n{name}", shown.round().clamp(0, 255).byte(), captions))
-    sheet(rows).save(arguments.out, optimize=True)
+    try:
+        sheet(rows).save(arguments.out, optimize=True)
+    except (OSError, ValueError) as error:
+        raise UsageError(f"could not write the picture {arguments.out}: {error}") from error
     print(f"wrote {arguments.out}")
 
 

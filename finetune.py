@@ -33,16 +33,10 @@ from train import (
 
 # What fine-tuning changes in a data set's recipe; ImageNet's is the paper's, at a constant learning rate.
 PAPER = dict(
-    img_size=384,
-    epochs=30,
-    batch_size=512,
-    lr=5e-6,
-    min_lr=5e-6,
-    warmup_epochs=5.0,
-    weight_decay=1e-8,
-    drop_path=0.0,
-)
-SHORT = dict(epochs=10, lr=5e-4, warmup_epochs=1.0, weight_decay=1e-8, drop_path=0.0, teacher_epochs=5)
+    img_size=384, epochs=30, batch_size=512, lr=5e-6, min_lr=5e-6, warmup_epochs=5.0, weight_decay=1e-8,
+    drop_path=0.0, teacher_weights="", teacher_epochs=30,
+)  # fmt: skip
+SHORT = dict(epochs=10, lr=5e-4, warmup_epochs=0.5, weight_decay=1e-8, drop_path=0.0, teacher_epochs=5)
 RECIPES = {
     "imagenet": PAPER,
     "cifar10": SHORT,
@@ -56,13 +50,11 @@ KEPT = ("data", "data_path", "model", "patch_size", "distill", "no_distill_token
 
 
 def last_run() -> str:
-    """The newest checkpoint of a transformer below runs/."""
+    """The newest run of train.py below runs/ that trained a transformer."""
     found = sorted(Path("runs").glob("*/last.pth"), key=lambda path: path.stat().st_mtime, reverse=True)
     for path in found:
-        if (
-            not path.parent.name.startswith("teacher-")
-            and read_checkpoint(path)["settings"]["model"] in SIZES
-        ):
+        settings = read_checkpoint(path)["settings"]
+        if settings["model"] in SIZES and not settings.get("checkpoint"):  # which fine-tuned runs have
             return str(path)
     raise UsageError(
         "no run below runs/ to start from; make one with: torchrun train.py --model tiny --distill hard"
@@ -89,7 +81,10 @@ def main() -> None:
         "--checkpoint", default="", help="the run to start from: its last.pth [the newest below runs/]"
     )
     given = vars(parser.parse_args())
-    source = given.pop("checkpoint") or last_run()
+    earlier = Path(given.get("out", "")) / "last.pth"
+    if given.get("resume") and not given["checkpoint"] and given.get("out") and earlier.is_file():
+        given["checkpoint"] = read_checkpoint(earlier)["settings"].get("checkpoint", "")
+    source = given["checkpoint"] = given["checkpoint"] or last_run()
     contents = read_checkpoint(source)
     saved = contents.get("settings")
     if not saved or saved["model"] not in SIZES:
@@ -100,7 +95,7 @@ def main() -> None:
         raise UsageError(f"{source} was trained on other classes than those of {settings['data']}")
 
     original = create_teacher(saved["model"], len(saved["classes"]), source).to(place.device)
-    val_set = load_data(settings["data"], settings["data_path"], saved["img_size"], place.device)[1]
+    val_set = load_data(settings["data"], settings["data_path"], saved["img_size"], place.device, ("val",))[0]
     before = evaluate(original, val_set, settings | {"img_size": saved["img_size"]}, place)
     say(place, f"before, at {saved['img_size']} pixels: {headline(before)}")
 
@@ -115,16 +110,10 @@ def main() -> None:
 
     teacher = None
     if settings["distill"] in ("soft", "hard"):
-        low = saved["teacher_weights"]
-        if not given.get("teacher_weights") and saved["img_size"] != settings["img_size"]:
-
-            def start_teacher(network: nn.Module) -> None:
-                network.load_state_dict(checkpoint_weights(read_checkpoint(low)))
-
-            settings["teacher_weights"] = train_teacher(
-                settings, data, place, dict(lr=0.1, warmup_epochs=0.0), start_teacher
-            )
-        settings["teacher_weights"] = settings["teacher_weights"] or low
+        if not settings["teacher_weights"]:
+            # The student's teacher knows the lower resolution: it is fine-tuned to the higher one likewise.
+            recipe, low = dict(lr=0.1, warmup_epochs=0.0), saved["teacher_weights"]
+            settings["teacher_weights"] = train_teacher(settings, data, place, recipe, low)
         teacher = load_teacher(settings, data, place)
     accuracy = train(settings, data, teacher, place, checkpoint, start_from)
     finish(settings, accuracy, started, place)

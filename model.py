@@ -287,6 +287,17 @@ def resize_pos_embed(pos_embed: Tensor, grid: int, num_front: int) -> Tensor:
     return torch.cat([front, patches.to(front.dtype).flatten(2).transpose(1, 2)], dim=1)
 
 
+def check_fit(own: dict[str, Tensor], state: dict[str, Tensor], what: str) -> None:
+    """Raises UsageError if `state` does not fit a network's `own`; it names the first key and both shapes."""
+    odd = [key for key in {**own, **state} if key not in own or key not in state]
+    odd += [key for key in own if key in state and own[key].shape != state[key].shape]
+    if odd:
+        theirs, ours = (
+            str(tuple(tensors[odd[0]].shape)) if odd[0] in tensors else "absent" for tensors in (state, own)
+        )
+        raise UsageError(f"{what}: {odd[0]} is {theirs} in the weights and {ours} in the model")
+
+
 def load_weights(model: DeiT, state_dict: dict[str, Tensor]) -> list[str]:
     """Loads an official or own state dict into `model`, strictly.
 
@@ -294,26 +305,20 @@ def load_weights(model: DeiT, state_dict: dict[str, Tensor]) -> list[str]:
     Returns the names of the parameters that were resized or left. Any other mismatch raises ValueError and
     names the key and both shapes; the model is then unchanged.
     """
-    own, state = model.state_dict(), dict(state_dict)
-    changed = []
-    for key in [*own, *(key for key in state if key not in own)]:
-        ours, theirs = (tuple(tensors[key].shape) if key in tensors else "absent" for tensors in (own, state))
-        if ours == theirs:
+    own, state, changed = model.state_dict(), dict(state_dict), []
+    num_front = 2 if model.distilled else 1
+    for key in own:
+        if key not in state or state[key].shape == own[key].shape:
             continue
-        comparable = "absent" not in (ours, theirs)
-        if key == "pos_embed" and comparable and ours[2] == theirs[2]:
-            num_front = 2 if model.distilled else 1
-            old, new = theirs[1] - num_front, ours[1] - num_front
-            if old > 0 and math.isqrt(old) ** 2 == old:
-                state[key] = resize_pos_embed(state[key], math.isqrt(new), num_front)
+        if key == "pos_embed" and state[key].shape[2] == own[key].shape[2]:
+            patches = state[key].shape[1] - num_front
+            if patches > 0 and math.isqrt(patches) ** 2 == patches:
+                grid = math.isqrt(own[key].shape[1] - num_front)
+                state[key] = resize_pos_embed(state[key], grid, num_front)
                 changed.append(key)
-                continue
-        if key.startswith("head") and comparable and ours[1:] == theirs[1:]:
+        elif key.startswith("head") and state[key].shape[1:] == own[key].shape[1:]:
             state[key] = own[key]
             changed.append(key)
-            continue
-        raise UsageError(
-            f"weights do not fit the model: {key} is {theirs} in the weights and {ours} in the model"
-        )
+    check_fit(own, state, "weights do not fit the model")
     model.load_state_dict(state)
     return changed

@@ -555,6 +555,25 @@ def test_a_teacher_with_its_classes_in_another_order_is_refused(tmp_path):
             assert load_teacher(student, data, ALONE).classes == classes
 
 
+def test_a_damaged_checkpoint_is_recognised_at_any_length_and_any_bit(tmp_path):
+    torch.save({"model": {"weight": torch.arange(40.0)}}, tmp_path / "whole.pth")
+    whole, rng = (tmp_path / "whole.pth").read_bytes(), np.random.default_rng(0)
+    for length in range(0, len(whole) - 1, 7):
+        (tmp_path / "cut.pth").write_bytes(whole[:length])
+        with pytest.raises(UsageError, match="is not a checkpoint") as caught:
+            read_checkpoint(tmp_path / "cut.pth")
+        assert "\n" not in str(caught.value)
+    for place in rng.integers(0, len(whole), 200):
+        flipped = bytearray(whole)
+        flipped[place] ^= 1 << rng.integers(8)
+        (tmp_path / "flipped.pth").write_bytes(flipped)
+        try:
+            contents = read_checkpoint(tmp_path / "flipped.pth")
+        except UsageError:
+            continue
+        assert isinstance(contents, dict)  # the bit was in a place without meaning
+
+
 class Mischief:
     """Unpickling this would make a file."""
 
@@ -674,9 +693,13 @@ def test_enhancements_are_pillows_within_one_level_everywhere(name, pictures):
 @pytest.mark.parametrize("name", ["Rotate", "ShearX", "ShearY", "TranslateX", "TranslateY"])
 def test_geometric_operations_are_pillows_bicubic_ones(name, pictures):
     # Rounding may put a point on the border on its other side, and so a fill pixel where Pillow has none.
-    differences = [difference.amax(dim=0) for difference in away_from_pillow(name, pictures)]
-    pixels = torch.cat([difference.flatten() for difference in differences])
-    assert (pixels > 1).float().mean() < 2e-4 and pixels[pixels <= 1].float().mean() < 0.02
+    by_size = {}
+    for difference in away_from_pillow(name, pictures):
+        by_size.setdefault(tuple(difference.shape), []).append(difference.amax(dim=0).flatten())
+    for size, differences in by_size.items():
+        pixels = torch.cat(differences)
+        assert (pixels > 1).float().mean() < (2e-3 if size[1] * size[2] > 100 else 0.02), size
+        assert pixels[pixels <= 1].float().mean() < 0.05, size
 
 
 def test_geometric_operations_show_the_mean_colour_beyond_the_border():
@@ -1294,7 +1317,7 @@ def test_each_epoch_and_seed_has_a_shuffle_of_its_own():
 def test_a_single_repeat_is_a_plain_shuffle():
     for ranks in (1, 2, 3):
         dealt = deal(1000, ranks, num_repeats=1)
-        assert len(set(dealt.tolist())) == len(dealt) == 768 // ranks * ranks
+        assert len(set(dealt.tolist())) == len(dealt) == 1000 // ranks * ranks
     assert sorted(deal(256, 2, num_repeats=1)) == list(range(256))
     assert deal(256, 2, num_repeats=1).tolist() != list(range(256))
 
@@ -1360,6 +1383,7 @@ def test_a_folder_of_equal_small_images_is_held_and_another_is_streamed(tmp_path
 def collect(data, start, stop, *, repeats=1, crop=True, workers=0, world=1, rank=0, batch=4, size=24):
     sampler = RepeatedAugmentSampler(len(data), world, rank, repeats, seed=5)
     options = {"start": start, "stop": stop, "crop": crop, "workers": workers, "device": CPU}
+    options["per_epoch"] = len(sampler) // batch
     return list(train_batches(data, size, batch, sampler, **options))
 
 
@@ -1466,7 +1490,7 @@ PLAIN = {"augment": "off", "mixup": 0.0, "cutmix": 0.0, "erasing": 0.0, "drop_pa
 
 @pytest.fixture
 def few_shapes(monkeypatch):
-    monkeypatch.setattr("data.SHAPES_COUNT", {"train": 48, "val": 20})
+    monkeypatch.setattr("data.SHAPES_COUNT", {"train": 54, "val": 20})  # 3 batches of 16 and a rest
 
 
 def run_train(monkeypatch, *flags):
@@ -1572,6 +1596,58 @@ def test_a_run_that_is_cut_off_and_resumed_ends_bit_for_bit_as_if_it_never_was(
     assert whole["progress"] == cut["progress"]
 
 
+def test_a_streamed_run_that_is_cut_off_resumes_bit_for_bit_too(tmp_path, monkeypatch):
+    data = write_folder(tmp_path / "data", [(30, 24), (20, 26)])
+    words = {
+        "data": "folder",
+        "data_path": data,
+        "img_size": 16,
+        "patch_size": 8,
+        "epochs": 2,
+        "batch_size": 6,
+    }
+    words |= {"drop_path": 0.5, "lr": 0.01, "device": "cpu", "workers": 1}
+    assert run_train(monkeypatch, *flags(words | {"out": tmp_path / "whole"})) == 0
+
+    def evaluate_once(*arguments):
+        if (tmp_path / "cut/last.pth").exists():
+            raise KeyboardInterrupt
+        return evaluate(*arguments)
+
+    monkeypatch.setattr("train.evaluate", evaluate_once)
+    assert run_train(monkeypatch, *flags(words | {"out": tmp_path / "cut"})) == 130
+    monkeypatch.setattr("train.evaluate", evaluate)
+    assert run_train(monkeypatch, *flags(words | {"out": tmp_path / "cut"}), "--resume") == 0
+    whole, cut = weights_of(tmp_path / "whole"), weights_of(tmp_path / "cut")
+    assert all(torch.equal(value, cut[key]) for key, value in whole.items())
+
+
+@pytest.mark.parametrize("precision", ["fp16", "bf16"])
+def test_mixed_precision_trains_with_clipping_accumulation_and_average(
+    tmp_path, monkeypatch, few_shapes, precision
+):
+    words = QUICK | {
+        "precision": precision,
+        "clip_grad": 1.0,
+        "accumulate": 2,
+        "ema": 0.9,
+        "distill": "label",
+    }
+    assert run_train(monkeypatch, *flags(words | {"out": tmp_path / "run"})) == 0
+    contents = read_checkpoint(tmp_path / "run/last.pth")
+    assert bool(contents["scaler"]) == (precision == "fp16")
+    assert all(
+        value.dtype == torch.float32 and value.isfinite().all() for value in contents["model"].values()
+    )
+    assert read_log(tmp_path / "run")[-1]["loss"] < 2.5
+
+
+def test_a_short_run_warms_up_for_a_tenth_of_it_unless_told_otherwise():
+    assert complete({"data": "imagenet"})["warmup_epochs"] == 5
+    assert complete({"data": "imagenet", "epochs": 20})["warmup_epochs"] == 2
+    assert complete({"data": "imagenet", "epochs": 20, "warmup_epochs": 7.0})["warmup_epochs"] == 7
+
+
 def test_the_moving_average_is_one_of_the_weights(tmp_path, monkeypatch, few_shapes):
     seen = []
     plain = nn.Module.state_dict
@@ -1589,8 +1665,11 @@ def test_the_moving_average_is_one_of_the_weights(tmp_path, monkeypatch, few_sha
     monkeypatch.setattr("train.build_network", build)
     monkeypatch.setattr("torch.optim.AdamW", Watched)
     assert run_train(monkeypatch, *flags(QUICK | {"ema": 0.8, "out": tmp_path / "run"})) == 0
-    average = seen[1]
-    for weights in seen[2:]:
+    torch.manual_seed(0)
+    average = create_model(
+        "tiny", num_classes=10, img_size=16, patch_size=8
+    ).state_dict()  # the initial weights
+    for weights in seen[1:]:
         average = {key: 0.8 * average[key] + 0.2 * weights[key] for key in weights}
     for key, value in read_checkpoint(tmp_path / "run/last.pth")["ema"].items():
         torch.testing.assert_close(value, average[key])
@@ -1651,6 +1730,8 @@ def test_evaluation_scores_each_head_and_their_fusion():
     images, labels = torch.zeros(3, 3, 8, 8, dtype=torch.uint8), torch.tensor([0, 2, 0])
 
     class Student(nn.Module):
+        distilled = True
+
         def forward(self, inputs):
             return scores
 
@@ -1683,11 +1764,15 @@ def test_a_teacher_is_trained_once_and_reused_by_every_student(tmp_path, monkeyp
         ("--model huge", "unknown network 'huge'"),
         ("--img-size 30 --patch-size 8", "30 is not a multiple of patch size 8; try image size 32"),
         ("--batch-size 30 --accumulate 4", "does not divide into 1 processes × 4 parts; try 32"),
-        ("--batch-size 64", "is more than an epoch's 48 images"),
+        ("--batch-size 64", "is more than an epoch's 54 images"),
         ("--data folder --data-path nowhere", "there is no folder nowhere"),
         ("--distill label --no-distill-token", "needs a transformer and no --no-distill-token"),
         ("--distill hard --teacher-weights none.pth", "there is no file none.pth"),
         ("--device mps", "no Apple GPU"),
+        ("--epochs 3 --warmup-epochs 3", "--warmup-epochs must be less than --epochs, 3"),
+        ("--distill hard --teacher regnet_y_4gf --teacher-weights published", "torchvision has no weights"),
+        ("--model maxvit_t", "maxvit_t cannot be used on images of 32 pixels"),
+        ("--out /proc/nowhere", "choose another --out"),
     ],
 )
 def test_mistakes_end_with_one_line_and_exit_code_2(

@@ -8,6 +8,7 @@
 """
 
 import argparse
+import copy
 import hashlib
 import json
 import math
@@ -16,6 +17,7 @@ import sys
 import time
 from collections.abc import Callable
 from contextlib import nullcontext
+from datetime import timedelta
 from pathlib import Path
 from typing import NamedTuple
 
@@ -23,22 +25,25 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
-from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 from augment import Augment, RepeatedAugmentSampler, keyed_generator, normalize
 from data import DATA_NAMES, ArraySet, FolderSet, eval_batches, load_data, train_batches
 from distill import (
+    REGNETY,
     check_name,
     create_convnet,
     create_teacher,
     hard_distillation_loss,
     is_url,
     label_loss,
+    published_url,
     read_checkpoint,
     soft_distillation_loss,
     teacher_logits,
+    try_network,
 )
-from model import SIZES, UsageError, create_model, fuse
+from model import SIZES, UsageError, create_model, fuse, load_weights
 
 # ---- Settings ----
 
@@ -118,7 +123,7 @@ SETTINGS = {
         "compile": (False, bool, "use torch.compile"),
         "device": ("auto", DEVICES, "auto takes a GPU where there is one"),
         "workers": (-1, number(int, -1), "processes that read image files, -1 chooses"),
-        "seed": (0, number(int, 0), "of everything random; the data set shapes is always the same"),
+        "seed": (0, number(int, 0, 2**62), "of everything random; the data set shapes is always the same"),
         "out": ("", str, "the run's directory; else runs/DATA-MODEL-DISTILL"),
         "resume": (False, bool, "continue the run in --out, or start it if there is none"),
         "overwrite": (False, bool, "replace the run in --out"),
@@ -157,7 +162,7 @@ def add_flag(parser: argparse.ArgumentParser, name: str, default, kind, text: st
     more = {"choices": kind} if isinstance(kind, tuple) else {"type": kind}
     if kind is bool:
         more = {"action": "store_true"}
-    shown = "" if default in ("", False) else f" [{default}]"
+    shown = "" if kind is bool or default == "" else f" [{default}]"
     parser.add_argument("--" + name.replace("_", "-"), default=argparse.SUPPRESS, help=text + shown, **more)
 
 
@@ -179,6 +184,8 @@ def complete(given: dict) -> dict:
     if given.get("model", settings["model"]) not in SIZES:
         settings |= CONVNET | CONVNET_RECIPES.get(data, {}) | {"epochs": settings["teacher_epochs"]}
     settings |= given
+    if "warmup_epochs" not in given:  # a short run cannot spend the paper's 5 of 300 epochs on it
+        settings["warmup_epochs"] = min(settings["warmup_epochs"], settings["epochs"] / 10)
     if not settings["out"]:
         settings["out"] = f"runs/{settings['data']}-{settings['model']}-{settings['distill']}"
     return settings
@@ -216,7 +223,12 @@ def join(device: str) -> Place:
         torch.cuda.set_device(local)
         device = f"cuda:{local}"
     if world > 1:
-        dist.init_process_group("nccl" if device.startswith("cuda") else "gloo")
+        on_gpu = device.startswith("cuda")
+        dist.init_process_group(
+            "nccl" if on_gpu else "gloo",
+            timeout=timedelta(hours=1),  # the first process may download or decode that long
+            device_id=torch.device(device) if on_gpu else None,
+        )
     return Place(rank, world, torch.device(device))
 
 
@@ -225,6 +237,16 @@ def total(values: Tensor, place: Place) -> Tensor:
     if place.world > 1:
         dist.all_reduce(values)
     return values
+
+
+def first_alone(place: Place, act: Callable):
+    """act() in the first process, then in the others, which find what the first has downloaded."""
+    if place.rank > 0:
+        dist.barrier()
+    result = act()
+    if place.rank == 0 and place.world > 1:
+        dist.barrier()
+    return result
 
 
 def say(place: Place, text: str = "") -> None:
@@ -236,7 +258,7 @@ def precision(settings: dict, device: torch.device) -> torch.dtype:
     """The dtype of matrix products; float32 off the GPU, where narrower ones are no faster."""
     name = settings["precision"]
     if name == "auto":
-        name = "fp32" if device.type != "cuda" else "bf16" if torch.cuda.is_bf16_supported() else "fp16"
+        name = "fp32" if device.type != "cuda" else "bf16" if torch.cuda.is_bf16_supported(False) else "fp16"
     return {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[name]
 
 
@@ -314,6 +336,11 @@ def evaluate(
     Every image counts once, on any number of processes.
     """
     network.eval()
+    if place.world > 1:
+        for (
+            buffer
+        ) in network.buffers():  # each process has its own BatchNorm statistics; the first one's are kept
+            dist.broadcast(buffer, 0)
     batch = max(1, min(256, settings["batch_size"]))
     correct = torch.zeros(3, device=place.device)
     batches = eval_batches(
@@ -332,7 +359,7 @@ def evaluate(
         for head, scores in enumerate((*pair, fuse(outputs))):
             correct[head] += (scores.argmax(dim=1) == labels).sum()
     shares = (100 * total(correct, place) / len(data)).tolist()
-    names = ("class", "distillation", "fused") if not isinstance(outputs, Tensor) else ("class",)
+    names = ("class", "distillation", "fused") if getattr(network, "distilled", False) else ("class",)
     return dict(zip(names, shares, strict=False))
 
 
@@ -358,7 +385,7 @@ def workers(settings: dict, place: Place) -> int:
 
 def write_whole(path: Path, write: Callable) -> None:
     """Calls `write` with a binary file that takes the name `path` only when it is whole and on the disk."""
-    partial = path.with_name(path.name + ".partial")
+    partial = path.with_name(f"{path.name}.{os.getpid()}.partial")  # another process may write the same file
     try:
         with open(partial, "wb") as file:
             write(file)
@@ -366,6 +393,7 @@ def write_whole(path: Path, write: Callable) -> None:
             os.fsync(file.fileno())
         os.replace(partial, path)
     except OSError as error:
+        partial.unlink(missing_ok=True)
         raise UsageError(
             f"could not write {path}: {error.strerror}; what was saved before is intact"
         ) from error
@@ -387,7 +415,7 @@ def restore(settings: dict, given: dict) -> tuple[dict, dict]:
     if not settings["resume"]:
         return settings, {}
     checkpoint = read_checkpoint(out / "last.pth")
-    saved = checkpoint["settings"]
+    saved = {name: value for name, value in checkpoint["settings"].items() if name != "classes"}
     for name in sorted(given.keys() & saved.keys() - INCIDENTAL):
         if given[name] != saved[name]:
             raise UsageError(
@@ -397,14 +425,23 @@ def restore(settings: dict, given: dict) -> tuple[dict, dict]:
     return saved | {name: settings[name] for name in INCIDENTAL}, checkpoint
 
 
-def prepare_directory(out: Path, settings: dict, fresh: bool) -> None:
-    """Makes a run's directory with its settings, empty of an earlier run if this is a fresh one."""
+def prepare_directory(out: Path) -> None:
+    """Makes a run's directory and sees that it can be written to."""
     try:
         out.mkdir(parents=True, exist_ok=True)
-        for stale in ("last.pth", "best.pth", "log.jsonl") if fresh else ():
-            (out / stale).unlink(missing_ok=True)
     except OSError as error:
-        raise UsageError(f"cannot write to {out}: {error.strerror}; choose another --out") from error
+        raise UsageError(
+            f"cannot make the directory {out}: {error.strerror}; choose another --out"
+        ) from error
+    if not os.access(out, os.W_OK):
+        raise UsageError(f"cannot write to {out}; choose another --out")
+
+
+def start_directory(out: Path, settings: dict, fresh: bool) -> None:
+    """Writes a run's settings into its directory, empty of an earlier run if this is a fresh one."""
+    prepare_directory(out)
+    for stale in ("last.pth", "best.pth", "log.jsonl") if fresh else ():
+        (out / stale).unlink(missing_ok=True)
     write_whole(out / "settings.json", lambda file: file.write(json.dumps(settings, indent=2).encode()))
 
 
@@ -449,22 +486,28 @@ class Run:
             self.network = self.network.to(memory_format=torch.channels_last)
         self.optimizer = build_optimizer(self.network, settings)
         self.scaler = torch.amp.GradScaler(device.type, enabled=precision(settings, device) == torch.float16)
-        self.average = None
-        if settings["ema"]:
-            decay = get_ema_multi_avg_fn(settings["ema"])
-            self.average = AveragedModel(self.network, multi_avg_fn=decay, use_buffers=True)
+        self.average = copy.deepcopy(self.network).requires_grad_(False) if settings["ema"] else None
+        self.blend = get_ema_multi_avg_fn(settings["ema"])
         self.step = 0  # steps done
         self.log: list[dict] = []  # one record an epoch
 
     def evaluated(self) -> nn.Module:
         """The network whose accuracy counts."""
-        return self.network if self.average is None else self.average.module
+        return self.network if self.average is None else self.average
+
+    def update_average(self) -> None:
+        """average <- decay · average + (1 - decay) · network; BatchNorm's counts are copied."""
+        pairs = list(zip(self.average.state_dict().values(), self.network.state_dict().values(), strict=True))
+        self.blend(*zip(*(pair for pair in pairs if pair[0].is_floating_point()), strict=True), None)
+        for average, current in pairs:
+            if not average.is_floating_point():
+                average.copy_(current)
 
     def contents(self) -> dict:
         """The checkpoint."""
         return {
             "model": self.network.state_dict(),
-            "ema": None if self.average is None else self.average.module.state_dict(),
+            "ema": None if self.average is None else self.average.state_dict(),
             "optimizer": self.optimizer.state_dict(),
             "scaler": self.scaler.state_dict(),
             "progress": {"step": self.step, "log": self.log},
@@ -475,19 +518,19 @@ class Run:
         """Continues from a checkpoint."""
         self.network.load_state_dict(contents["model"])
         self.optimizer.load_state_dict(contents["optimizer"])
-        self.scaler.load_state_dict(contents["scaler"])
+        if contents["scaler"]:  # empty where no fp16 was used
+            self.scaler.load_state_dict(contents["scaler"])
         if self.average is not None:
-            self.average.module.load_state_dict(contents["ema"])
-            self.average.n_averaged.fill_(1)  # at 0 it would take the network's weights instead of averaging
+            self.average.load_state_dict(contents["ema"])
         self.step, self.log = contents["progress"]["step"], contents["progress"]["log"]
 
     def save(self, out: Path) -> None:
-        """Writes last.pth, best.pth if the newest epoch is the best so far, and the log."""
+        """Writes the log, best.pth if the newest epoch is the best so far, and last.pth."""
         contents, scores = self.contents(), [chief(record["accuracy"]) for record in self.log]
-        for name in ["best.pth", "last.pth"] if scores[-1] > max(scores[:-1], default=-1) else ["last.pth"]:
-            write_whole(out / name, lambda file: torch.save(contents, file))
         text = "".join(json.dumps(record) + "\n" for record in self.log)
         write_whole(out / "log.jsonl", lambda file: file.write(text.encode()))
+        for name in ["best.pth", "last.pth"] if scores[-1] > max(scores[:-1], default=-1) else ["last.pth"]:
+            write_whole(out / name, lambda file: torch.save(contents, file))
 
 
 def train(
@@ -516,12 +559,14 @@ def train(
 
     run = Run(settings, device)
     if checkpoint:
+        if checkpoint["settings"]["classes"] != train_set.classes:
+            raise UsageError(f"the classes of {settings['data']} are no longer those of the run in {out}")
         run.restore(checkpoint)
         say(place, f"resuming {out} after epoch {run.step // per_epoch}")
     elif initial is not None:
         initial(run.network)
     if place.rank == 0:
-        prepare_directory(out, settings, fresh=not checkpoint)
+        start_directory(out, settings, fresh=not checkpoint)
     model = torch.compile(run.network) if settings["compile"] else run.network
     if place.world > 1:
         model = DistributedDataParallel(model, device_ids=[device] if device.type == "cuda" else None)
@@ -530,6 +575,7 @@ def train(
         settings["img_size"],
         part_size,
         sampler,
+        per_epoch=per_epoch * settings["accumulate"],
         start=run.step * settings["accumulate"],
         stop=steps * settings["accumulate"],
         crop=settings["augment"] != "off",
@@ -550,9 +596,9 @@ def train(
             group["lr"] = lr
         for part in range(settings["accumulate"]):
             key = (seed, run.step, part, place.rank)
-            torch.manual_seed(keyed_generator("model", *key).initial_seed())  # dropout and stochastic depth
             images, labels = next(batches)
             inputs, targets = augment(images, labels, keyed_generator("augment", *key))
+            torch.manual_seed(keyed_generator("model", *key).initial_seed())  # dropout and stochastic depth
             last_part = part == settings["accumulate"] - 1
             with nullcontext() if last_part or place.world == 1 else model.no_sync():
                 with autocast(settings, device):
@@ -566,16 +612,17 @@ def train(
         run.scaler.update()
         run.optimizer.zero_grad()
         if run.average is not None:
-            run.average.update_parameters(run.network)
+            run.update_average()
         run.step += 1
 
         epoch, done = (run.step - 1) // per_epoch, (run.step - 1) % per_epoch + 1
         if progress.due() or done == per_epoch:
             mean_loss = loss_sum.item() / done
             if not math.isfinite(mean_loss):
+                kept = f"{out / 'last.pth'} is from before" if run.log else "nothing was saved"
                 raise UsageError(
-                    f"the loss is {mean_loss} after step {run.step} at learning rate {lr:.2e}; try a lower "
-                    f"--lr or --precision fp32. The last good checkpoint is {out / 'last.pth'}"
+                    f"the loss is {mean_loss} after step {run.step} at learning rate {lr:.2e}; {kept}; try a "
+                    "lower --lr or --precision fp32"
                 )
             progress.show(run.step, epoch, mean_loss, lr)
         if done == per_epoch:
@@ -608,12 +655,19 @@ def check(settings: dict, place: Place) -> None:
         with torch.device("meta"):  # refuses impossible sizes without building anything
             create_model(settings["model"], img_size=settings["img_size"], patch_size=settings["patch_size"])
     weights = settings["teacher_weights"]
-    if weights and weights != "published" and not is_url(weights) and not Path(weights).is_file():
+    if settings["distill"] in ("soft", "hard") and weights == "published":
+        published_url(settings["teacher"])
+    elif weights and not is_url(weights) and not Path(weights).is_file():
         raise UsageError(f"there is no file {weights}; --teacher-weights takes a checkpoint's path or URL")
     if settings["distill"] == "label" and (settings["no_distill_token"] or settings["model"] not in SIZES):
         raise UsageError(
             "--distill label is about a second token; it needs a transformer and no --no-distill-token"
         )
+    if settings["warmup_epochs"] >= settings["epochs"]:
+        raise UsageError(f"--warmup-epochs must be less than --epochs, {settings['epochs']}")
+    for name in {settings["model"], settings["teacher"]} - {*SIZES, *REGNETY}:
+        try_network(name, settings["img_size"])
+    prepare_directory(Path(settings["out"]))
     if settings["data"] in ("folder", "imagenet") and not Path(settings["data_path"]).is_dir():
         raise UsageError(f"there is no folder {settings['data_path']}; name the data set's with --data-path")
 
@@ -625,34 +679,23 @@ def train_teacher(
     settings: dict,
     data: list[ArraySet | FolderSet],
     place: Place,
-    own_recipe: dict | None = None,
-    initial: Callable[[nn.Module], None] | None = None,
+    recipe: dict | None = None,
+    start: str = "",
 ) -> str:
-    """The checkpoint of a teacher trained on the same data with its own recipe, from an earlier run or from
-    now.
+    """The checkpoint of a teacher trained on the same data, from an earlier run or from now.
 
-    It is kept beside the student's run. The directory's name ends in a hash of all that decides what the
-    teacher becomes, so that students of any settings and seeds share one, and another data set never does.
+    It has the data set's recipe, whatever the student's flags, and what `recipe` changes in it; `start` are
+    the weights it begins with, if not fresh ones. It is kept beside the student's run. The directory's name
+    ends in a hash of all that decides what the teacher becomes, so that students of any settings and seeds
+    share one, and another data set never does.
     """
-    shared = (
-        "data",
-        "data_path",
-        "img_size",
-        "patch_size",
-        "batch_size",
-        "accumulate",
-        "precision",
-        "device",
-        "workers",
-    )
-    own = {name: settings[name] for name in shared} | {
-        "model": settings["teacher"],
-        "distill": "none",
-        "resume": True,
-    }
-    own = complete(own | {"epochs": settings["teacher_epochs"]} | (own_recipe or {}))
+    shared = ("data", "data_path", "img_size", "patch_size", "batch_size", "accumulate")
+    shared += ("precision", "device", "workers")
+    own = {name: settings[name] for name in shared} | {"model": settings["teacher"], "distill": "none"}
+    own = complete(own | {"epochs": settings["teacher_epochs"], "resume": True} | (recipe or {}))
     identity = {name: value for name, value in own.items() if name not in INCIDENTAL}
-    identity |= {"classes": data[0].classes, "images": len(data[0])}
+    identity |= {"classes": data[0].classes, "images": len(data[0]), "start": start}
+    identity |= {"data_path": str(Path(own["data_path"]).resolve())}
     digest = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:8]
     name = f"teacher-{own['data']}-{own['img_size']}px-{own['model'].replace('/', '_')}-{digest}"
     own["out"] = str(Path(settings["out"]).parent / name)
@@ -665,7 +708,16 @@ def train_teacher(
     say(
         place, f"teacher: training a {own['model']} first, {own['epochs']} epochs; it is kept in {own['out']}"
     )
-    accuracy = train(own, data, None, place, checkpoint, initial)
+
+    def begin_with(network: nn.Module) -> None:
+        sizes = {name: settings[name] for name in ("img_size", "patch_size")}
+        low = create_teacher(own["model"], len(data[0].classes), start, **sizes)
+        if own["model"] in SIZES:
+            load_weights(network, low.state_dict())
+        else:
+            network.load_state_dict(low.state_dict())
+
+    accuracy = train(own, data, None, place, checkpoint, begin_with if start else None)
     say(place, f"teacher: {chief(accuracy):.2f} % top-1")
     if place.world > 1:
         dist.barrier()  # the file is whole before anyone reads it
@@ -676,7 +728,8 @@ def load_teacher(settings: dict, data: list[ArraySet | FolderSet], place: Place)
     """The teacher in settings["teacher_weights"], on the device."""
     classes, weights = data[0].classes, settings["teacher_weights"]
     sizes = {name: settings[name] for name in ("img_size", "patch_size")}
-    teacher = create_teacher(settings["teacher"], len(classes), weights, **sizes).to(place.device)
+    teacher = first_alone(place, lambda: create_teacher(settings["teacher"], len(classes), weights, **sizes))
+    teacher = teacher.to(place.device)
     if teacher.classes is not None and teacher.classes != classes:
         odd = next(n for n in range(len(classes)) if teacher.classes[n] != classes[n])
         raise UsageError(
@@ -711,11 +764,8 @@ def begin(settings: dict) -> tuple[Place, list[ArraySet | FolderSet]]:
     """Joins the other processes, refuses what cannot work, and loads the data."""
     place = join(settings["device"])
     check(settings, place)
-    if place.rank > 0:
-        dist.barrier()  # the first process downloads, the others find the files
-    data = load_data(settings["data"], settings["data_path"], settings["img_size"], place.device)
-    if place.world > 1 and place.rank == 0:
-        dist.barrier()
+    source = [settings[name] for name in ("data", "data_path", "img_size")]
+    data = first_alone(place, lambda: load_data(*source, place.device))
     describe(settings, data, place)
     return place, data
 
@@ -747,12 +797,11 @@ def program(main: Callable[[], None]) -> None:
             time.sleep(2)  # what all processes find is told by the first, whose end stops the others
         print(f"error: {error}", file=sys.stderr, flush=True)
         sys.exit(2)
+    except torch.OutOfMemoryError:
+        print("error: the GPU's memory is full; lower --batch-size or raise --accumulate", file=sys.stderr)
+        sys.exit(2)
     except KeyboardInterrupt:
-        print(
-            "error: interrupted; the finished epochs are saved, --resume continues",
-            file=sys.stderr,
-            flush=True,
-        )
+        print("error: interrupted", file=sys.stderr, flush=True)
         sys.exit(130)
 
 
