@@ -1703,14 +1703,18 @@ with open(f"{sys.argv[sys.argv.index('--out') + 1]}/rank{rank}.json", "w") as fi
 """
 
 
+def launch_two(script, words, start=(sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2")):
+    environment = os.environ | {"PYTHONPATH": os.getcwd(), "OMP_NUM_THREADS": "1"}
+    subprocess.run(
+        [*start, str(script), *words], env=environment, check=True, capture_output=True, timeout=120
+    )
+
+
 def test_two_processes_follow_one_and_end_with_identical_weights(tmp_path):
     (tmp_path / "driver.py").write_text(DRIVER)
     words = flags(QUICK | PLAIN)
-    environment = os.environ | {"PYTHONPATH": os.getcwd(), "OMP_NUM_THREADS": "1"}
-    launch = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--standalone"]
-    for name, start in (("one", [sys.executable]), ("two", launch)):
-        command = [*start, str(tmp_path / "driver.py"), *words, "--out", str(tmp_path / name)]
-        subprocess.run(command, env=environment, check=True, capture_output=True, timeout=120)
+    launch_two(tmp_path / "driver.py", [*words, "--out", str(tmp_path / "one")], start=[sys.executable])
+    launch_two(tmp_path / "driver.py", [*words, "--out", str(tmp_path / "two")])
     one, first, second = (
         json.loads((tmp_path / name).read_text())
         for name in ("one/rank0.json", "two/rank0.json", "two/rank1.json")
@@ -1720,6 +1724,15 @@ def test_two_processes_follow_one_and_end_with_identical_weights(tmp_path):
     assert first == second
     ends = [read_log(tmp_path / name)[-1]["accuracy"]["class"] for name in ("one", "two")]
     assert ends[0] == pytest.approx(ends[1], abs=0.01)  # 19 images: they do not divide evenly
+
+
+def test_two_processes_keep_one_teacher_with_one_set_of_batchnorm_statistics(tmp_path):
+    (tmp_path / "driver.py").write_text(DRIVER)
+    words = flags(QUICK | {"model": "resnet18", "epochs": 1, "out": tmp_path / "run"})
+    launch_two(tmp_path / "driver.py", words)
+    first, second = (json.loads((tmp_path / f"run/rank{rank}.json").read_text()) for rank in (0, 1))
+    assert any("running_var" in key for key in first["digest"])
+    assert first == second
 
 
 def test_evaluation_scores_each_head_and_their_fusion():
