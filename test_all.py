@@ -1848,6 +1848,28 @@ def test_fine_tuning_starts_from_the_runs_weights_at_the_new_size(tmp_path, monk
     assert "resized to 24 pixels (pos_embed): class" in printed
 
 
+@pytest.mark.parametrize("teacher", ["resnet18", "tiny"])
+def test_fine_tuning_brings_the_teacher_to_the_new_size_first(
+    tmp_path, monkeypatch, few_shapes, capsys, teacher
+):
+    monkeypatch.chdir(tmp_path)
+    words = QUICK | {"epochs": 1, "distill": "hard", "teacher": teacher, "teacher_epochs": 1}
+    assert run_train(monkeypatch, *flags(words)) == 0
+    monkeypatch.setattr(
+        "sys.argv", ["finetune.py", *flags({"epochs": 1, "teacher_epochs": 1, "batch_size": 16})]
+    )
+    finetune.main()
+    student = read_checkpoint("runs/shapes-tiny-hard-24px/last.pth")["settings"]
+    assert student["checkpoint"] == "runs/shapes-tiny-hard/last.pth"
+    tuned = read_checkpoint(student["teacher_weights"])
+    (scratch,) = Path("runs").glob("teacher-shapes-16px-*/last.pth")
+    assert (tuned["settings"]["model"], tuned["settings"]["img_size"]) == (teacher, 24)
+    name = "conv1.weight" if teacher == "resnet18" else "patch_embed.proj.weight"
+    before, after = read_checkpoint(scratch)["model"][name], tuned["model"][name]
+    assert 0 < (after - before).norm() < 0.3 * before.norm()  # it did start there
+    assert "before, at 16 pixels: class" in capsys.readouterr().out
+
+
 def test_evaluate_repeats_the_accuracy_that_training_ended_with(tmp_path, monkeypatch, few_shapes, capsys):
     assert run_train(monkeypatch, *flags(QUICK | {"distill": "label", "out": tmp_path / "run"})) == 0
     ended = read_checkpoint(tmp_path / "run/last.pth")["progress"]["log"][-1]["accuracy"]

@@ -145,8 +145,7 @@ RECIPES = {
 # but for shapes, where a teacher has one minute: too little for the whole of it.
 CONVNET = dict(optimizer="sgd", lr=0.8, min_lr=0.0, weight_decay=5e-5, drop_path=0.0, distill="none")
 CONVNET_RECIPES = {"shapes": dict(lr=0.4, augment="none", mixup=0.0, cutmix=0.0)}
-# These do not change what a run computes: a resumed run may have others, a trained teacher serves for all of
-# them.
+# These do not change what a run computes: a resumed run may have others, a teacher serves for all of them.
 INCIDENTAL = {"out", "workers", "device", "compile", "resume", "overwrite"}
 
 
@@ -337,9 +336,7 @@ def evaluate(
     """
     network.eval()
     if place.world > 1:
-        for (
-            buffer
-        ) in network.buffers():  # each process has its own BatchNorm statistics; the first one's are kept
+        for buffer in network.buffers():  # BatchNorm's statistics differ by process: the first one's are kept
             dist.broadcast(buffer, 0)
     batch = max(1, min(256, settings["batch_size"]))
     correct = torch.zeros(3, device=place.device)
@@ -479,9 +476,13 @@ class Progress:
 class Run:
     """All that changes while a network is trained, and that a checkpoint therefore holds."""
 
-    def __init__(self, settings: dict, device: torch.device):
+    def __init__(
+        self, settings: dict, device: torch.device, initial: Callable[[nn.Module], None] | None = None
+    ):
         self.settings = settings
         self.network = build_network(settings, len(settings["classes"])).to(device)
+        if initial is not None:
+            initial(self.network)
         if settings["model"] not in SIZES:  # convolutions are faster so
             self.network = self.network.to(memory_format=torch.channels_last)
         self.optimizer = build_optimizer(self.network, settings)
@@ -557,14 +558,12 @@ def train(
         )
     steps, warmup = settings["epochs"] * per_epoch, round(settings["warmup_epochs"] * per_epoch)
 
-    run = Run(settings, device)
+    run = Run(settings, device, None if checkpoint else initial)
     if checkpoint:
         if checkpoint["settings"]["classes"] != train_set.classes:
             raise UsageError(f"the classes of {settings['data']} are no longer those of the run in {out}")
         run.restore(checkpoint)
         say(place, f"resuming {out} after epoch {run.step // per_epoch}")
-    elif initial is not None:
-        initial(run.network)
     if place.rank == 0:
         start_directory(out, settings, fresh=not checkpoint)
     model = torch.compile(run.network) if settings["compile"] else run.network
@@ -654,10 +653,10 @@ def check(settings: dict, place: Place) -> None:
     if settings["model"] in SIZES:
         with torch.device("meta"):  # refuses impossible sizes without building anything
             create_model(settings["model"], img_size=settings["img_size"], patch_size=settings["patch_size"])
-    weights = settings["teacher_weights"]
-    if settings["distill"] in ("soft", "hard") and weights == "published":
+    weights, distils = settings["teacher_weights"], settings["distill"] in ("soft", "hard")
+    if weights == "published" and distils:
         published_url(settings["teacher"])
-    elif weights and not is_url(weights) and not Path(weights).is_file():
+    elif weights not in ("", "published") and not is_url(weights) and not Path(weights).is_file():
         raise UsageError(f"there is no file {weights}; --teacher-weights takes a checkpoint's path or URL")
     if settings["distill"] == "label" and (settings["no_distill_token"] or settings["model"] not in SIZES):
         raise UsageError(
@@ -665,7 +664,7 @@ def check(settings: dict, place: Place) -> None:
         )
     if settings["warmup_epochs"] >= settings["epochs"]:
         raise UsageError(f"--warmup-epochs must be less than --epochs, {settings['epochs']}")
-    for name in {settings["model"], settings["teacher"]} - {*SIZES, *REGNETY}:
+    for name in {settings["model"], settings["teacher"] if distils else "tiny"} - {*SIZES, *REGNETY}:
         try_network(name, settings["img_size"])
     prepare_directory(Path(settings["out"]))
     if settings["data"] in ("folder", "imagenet") and not Path(settings["data_path"]).is_dir():
