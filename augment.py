@@ -416,30 +416,43 @@ def random_boxes(
     return torch.stack([top, left, high, wide], dim=1).long()
 
 
-def resize_weights(start: Tensor, length: Tensor, side: int, size: int) -> Tensor:
-    """Weights (n, size, side) that bicubically resize a stretch of a line of `side` pixels to `size` pixels.
+def resize_columns(images: Tensor, start: Tensor, length: Tensor, size: int) -> Tensor:
+    """Bicubically resizes a stretch of each column of image i to `size` pixels: float (B, 3, size, W).
 
-    `start` and `length` (n,) give the stretch. Antialiased: shrinking widens the kernel, as Pillow's resize
-    does.
+    `start` and `length`, float (B,) on the CPU, give the stretch in pixels of float images (B, 3, H, W). As
+    in Pillow's resize, shrinking widens the kernel, and pixels beyond the stretch count for nothing.
     """
-    start, length = start.float()[:, None, None], length.float()[:, None, None]
+    count, channels, height, width = images.shape
+    taps = math.ceil(4 * max(1.0, length.max().item() / size)) + 1
+    start, length = (to_device(values, images)[:, None, None] for values in (start, length))
     scale = length / size
-    centres = start + (torch.arange(size, device=start.device)[:, None] + 0.5) * scale
-    pixels = torch.arange(side, device=start.device) + 0.5
-    distance = ((pixels - centres) / scale.clamp(min=1)).abs()
+    reach = scale.clamp(min=1)
+    centres = start + (torch.arange(size, device=images.device)[:, None] + 0.5) * scale
+    rows = (centres - 2 * reach).floor() + torch.arange(taps, device=images.device)  # (B, size, taps)
+    distance = ((rows + 0.5 - centres) / reach).abs()
     far, near, _, _ = cubic_taps(torch.where(distance < 1, distance, distance - 1).clamp(max=1), a=-0.5)
-    weights = torch.where(distance < 1, near, far)
-    weights = weights * ((pixels > start) & (pixels < start + length))
-    return weights / weights.sum(dim=2, keepdim=True)
+    weights = torch.where(distance < 1, near, far) * ((rows >= start) & (rows < start + length))
+    weights = weights / weights.sum(dim=2, keepdim=True)
+    # Each row of the result is a weighted sum of `taps` rows of the image: a bag of embeddings.
+    planes = torch.arange(count * channels, device=images.device).view(count, channels, 1, 1)
+    rows = (rows.clamp(0, height - 1).long()[:, None] + planes * height).view(-1, taps)
+    weights = weights[:, None].expand(-1, channels, -1, -1).reshape(-1, taps)
+    lines = images.reshape(-1, width)
+    resized = F.embedding_bag(rows, lines, per_sample_weights=weights, mode="sum")
+    return resized.view(count, channels, size, width)
 
 
 def resize_boxes(images: Tensor, boxes: Tensor, size: int) -> Tensor:
-    """Cuts box i = (top, left, height, width) out of image i and resizes it: uint8 (B, 3, size, size)."""
-    top, left, high, wide = to_device(boxes.T, images)
-    vertical = resize_weights(top, high, images.shape[2], size)[:, None]
-    horizontal = resize_weights(left, wide, images.shape[3], size)[:, None]
-    rows = (images.float() @ horizontal.transpose(2, 3)).round_().clamp_(0, 255)  # whole levels, as Pillow's
-    return (vertical @ rows).round_().clamp_(0, 255).to(torch.uint8)
+    """Cuts box i = (top, left, height, width) out of image i and resizes it: uint8 (B, 3, size, size).
+
+    `boxes` (B, 4) are on the CPU.
+    """
+    top, left, high, wide = boxes.float().T
+    rows = resize_columns(images.transpose(2, 3).float(), left, wide, size).round_().clamp_(0, 255)
+    resized = resize_columns(
+        rows.transpose(2, 3), top, high, size
+    )  # from whole levels, as Pillow's second pass
+    return resized.round_().clamp_(0, 255).to(torch.uint8)
 
 
 def random_crop(images: Tensor, size: int, generator: Generator) -> Tensor:
@@ -498,6 +511,10 @@ class RandomErasing:
         self.probability = probability
 
     def __call__(self, inputs: Tensor, generator: Generator) -> Tensor:
+        return self.erase_(inputs.clone(), generator)
+
+    def erase_(self, inputs: Tensor, generator: Generator) -> Tensor:
+        """The same in place."""
         count, _, height, width = inputs.shape
         area = height * width * torch.empty(count, 10).uniform_(0.02, 0.33, generator=generator)
         aspect = torch.empty(count, 10).uniform_(math.log(0.3), math.log(3.3), generator=generator).exp()
@@ -523,9 +540,8 @@ class RandomErasing:
         offset = torch.arange(total, device=inputs.device) - starts
         row, column = top + offset.div(wide, rounding_mode="floor"), left + offset % wide
         noise = hashed_normal(seed, 3 * total, inputs.device).view(total, 3).to(inputs.dtype)
-        erased = inputs.clone()
-        erased[image, :, row, column] = noise
-        return erased
+        inputs[image, :, row, column] = noise
+        return inputs
 
 
 class Mixup:
@@ -605,7 +621,7 @@ class Augment:
     def __call__(self, images: Tensor, labels: Tensor, generator: Generator) -> tuple[Tensor, Tensor]:
         if self.policy is not None:
             images = self.policy(random_flip(images, generator), generator)
-        inputs = self.erase(normalize(images), generator)
+        inputs = self.erase.erase_(normalize(images), generator)
         return self.mix(inputs, labels, generator)
 
 
