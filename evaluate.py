@@ -1,8 +1,8 @@
 """What one measures or looks at after training; a word for each.
 
-    python evaluate.py accuracy runs/shapes-tiny-hard/last.pth
-    python evaluate.py tokens runs/shapes-tiny-hard/last.pth
-    python evaluate.py augmentations --out augmentations.png
+python evaluate.py accuracy runs/shapes-tiny-hard/last.pth
+python evaluate.py tokens runs/shapes-tiny-hard/last.pth
+python evaluate.py augmentations --out augmentations.png
 """
 
 import argparse
