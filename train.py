@@ -248,7 +248,8 @@ def first_alone(place: Place, act: Callable):
     return result
 
 
-def say(place: Place, text: str = "") -> None:
+def say(place: Place, text: str) -> None:
+    """Prints from the first process alone."""
     if place.rank == 0:
         print(text, flush=True)
 
