@@ -116,11 +116,12 @@ def create_convnet(name: str, num_classes: int, img_size: int) -> nn.Module:
 
 
 def read_checkpoint(source: str | Path) -> dict:
-    """The contents of a checkpoint file or URL, on the CPU. Nothing in it is ever executed.
+    """The contents, on the CPU, of a checkpoint: a file, a URL, a name in OFFICIAL. No code in it is run.
 
     A URL is downloaded once; a file name that ends in -HASH.pth has its SHA-256 checked against it. Raises
     UsageError if there is no such file or it is not a checkpoint.
     """
+    source = OFFICIAL.get(str(source), source)
     try:
         if is_url(source):
             contents = torch.hub.load_state_dict_from_url(
@@ -160,6 +161,32 @@ def published_url(name: str) -> str:
 def checkpoint_weights(contents: dict) -> dict[str, Tensor]:
     """The weights to use from a checkpoint: the moving average where there is one, else the model's."""
     return contents.get("ema") or contents.get("model") or contents
+
+
+def checkpoint_settings(contents: dict) -> dict:
+    """How the network in a checkpoint was made and trained; {} if the checkpoint does not tell.
+
+    Ours hold their settings, to which `num_classes` is added. The weights of the authors' files, DeiT or
+    teacher, tell enough: model, sizes, distillation, the number of classes; the class names are None.
+    """
+    if "settings" in contents:
+        settings = contents["settings"]
+        return settings | ({"num_classes": len(settings["classes"])} if "classes" in settings else {})
+    state, known = checkpoint_weights(contents), {"data": "imagenet", "data_path": "data", "classes": None}
+    if {"stem.conv.weight", "head.fc.weight"} <= state.keys():
+        names = {widths[-1]: name for name, (_, widths, _) in REGNETY.items()}
+        num_classes, width = state["head.fc.weight"].shape
+        known |= {"distill": "none"}
+    elif {"pos_embed", "patch_embed.proj.weight", "head.weight"} <= state.keys():
+        names = {dim: name for name, (dim, _) in SIZES.items()}
+        num_classes, width = state["head.weight"].shape
+        patch_size = state["patch_embed.proj.weight"].shape[-1]
+        img_size = math.isqrt(state["pos_embed"].shape[1] - 1) * patch_size  # 1 or 2 more than a square
+        known |= {"distill": "hard" if "dist_token" in state else "none"}
+        known |= {"img_size": img_size, "patch_size": patch_size}
+    else:
+        return {}
+    return known | {"model": names.get(width), "num_classes": num_classes, "no_distill_token": False}
 
 
 # The paper's teacher file, regnety_160-a5fe301d.pth, names its modules otherwise: (its pattern,
@@ -204,16 +231,11 @@ def create_teacher(
     check_name(name)
     source = published_url(name) if weights == "published" else weights
     contents = read_checkpoint(source) if source else {}
-    settings, state = contents.get("settings", {}), checkpoint_weights(contents)
-    if settings.get("model", name) != name:
+    settings, state = checkpoint_settings(contents), checkpoint_weights(contents)
+    if settings.get("model") not in (None, name):
         raise UsageError(f"{weights} holds a {settings['model']}, not a {name}")
     img_size, patch_size = settings.get("img_size", img_size), settings.get("patch_size", patch_size)
     if name in SIZES:
-        if not settings and "pos_embed" in state and "patch_embed.proj.weight" in state:  # the weights tell
-            patch_size = state["patch_embed.proj.weight"].shape[-1]
-            img_size = (
-                math.isqrt(state["pos_embed"].shape[1] - 1) * patch_size
-            )  # 1 or 2 tokens more than a square
         distilled = "dist_token" in state
         teacher = create_model(
             name, num_classes=num_classes, img_size=img_size, patch_size=patch_size, distilled=distilled
