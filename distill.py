@@ -17,7 +17,7 @@ import torchvision
 from torch import Tensor, nn
 from torchvision.models.regnet import BlockParams, RegNet
 
-from model import OFFICIAL, SIZES, UsageError, check_fit, create_model
+from model import OFFICIAL, SIZES, UsageError, check_fit, create_model, nearest
 
 Outputs = Tensor | tuple[Tensor, Tensor]
 
@@ -75,10 +75,11 @@ SMALL_IMAGE = 64  # pixels: up to here a convnet's first convolution keeps the r
 
 def check_name(name: str) -> None:
     """Raises UsageError unless `name` is a network that can be trained or can teach."""
-    if name not in (*SIZES, *REGNETY, *torchvision.models.list_models(torchvision.models)):
+    names = (*SIZES, *REGNETY, *torchvision.models.list_models(torchvision.models))
+    if name not in names:
         raise UsageError(
             f"unknown network {name!r}; choose {', '.join((*SIZES, *REGNETY))}, or a classifier "
-            "of torchvision such as resnet18"
+            f"of torchvision such as resnet18{nearest(name, names)}"
         )
 
 

@@ -7,7 +7,9 @@ the front tokens. The parameters have the names, shapes and order of the officia
     python -c "from model import create_model; print(create_model('tiny', distilled=True))"
 """
 
+import difflib
 import math
+from collections.abc import Iterable
 
 import torch
 import torch.nn.functional as F
@@ -33,6 +35,12 @@ OFFICIAL = {
 
 class UsageError(ValueError):
     """A person's mistake: its text says what is wrong and what to do. Programs end on it with exit code 2."""
+
+
+def nearest(word: str, options: Iterable[str]) -> str:
+    """The hint that ends a message about an unknown word: the option most like it, if one is."""
+    found = difflib.get_close_matches(word, options, 1)
+    return f"; did you mean {found[0]}?" if found else ""
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
@@ -234,7 +242,7 @@ def create_model(
     Raises ValueError for an unknown name or a size that makes no model.
     """
     if name not in SIZES:
-        raise UsageError(f"unknown model {name!r}; choose one of {', '.join(SIZES)}")
+        raise UsageError(f"unknown model {name!r}; choose one of {', '.join(SIZES)}{nearest(name, SIZES)}")
     for what, number in (("num_classes", num_classes), ("img_size", img_size), ("patch_size", patch_size)):
         if not isinstance(number, int) or number < 1:
             raise UsageError(f"{what} must be a whole number of at least 1, not {number!r}")

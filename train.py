@@ -5,6 +5,7 @@
     torchrun --nproc_per_node 8 train.py --data imagenet --data-path IMAGENET --model base --distill hard
 
 `python train.py` is the same on one process. The defaults of a data set are its recipe, RECIPES below.
+A run that was stopped or killed anywhere goes on with --resume, and ends bit for bit as if it never was.
 """
 
 import argparse
@@ -13,6 +14,8 @@ import hashlib
 import json
 import math
 import os
+import re
+import signal
 import sys
 import time
 from collections.abc import Callable
@@ -43,7 +46,7 @@ from distill import (
     teacher_logits,
     try_network,
 )
-from model import SIZES, UsageError, create_model, fuse, load_weights
+from model import SIZES, UsageError, create_model, fuse, load_weights, nearest
 
 # ---- Settings ----
 
@@ -60,6 +63,19 @@ def number(kind: type, low: float, high: float = math.inf, below: float = math.i
         return value
 
     convert.__name__ = {int: "whole number", float: "number"}[kind]
+    return convert
+
+
+def choice(options: tuple[str, ...]) -> Callable:
+    """An argparse type: one of the options."""
+
+    def convert(text: str) -> str:
+        if text not in options:
+            raise argparse.ArgumentTypeError(
+                f"{text!r} is not one of {', '.join(options)}{nearest(text, options)}"
+            )
+        return text
+
     return convert
 
 
@@ -123,8 +139,10 @@ SETTINGS = {
         "compile": (False, bool, "use torch.compile"),
         "device": ("auto", DEVICES, "auto takes a GPU where there is one"),
         "workers": (-1, number(int, -1), "processes that read image files, -1 chooses"),
+        "skip_broken": (False, bool, "leave out image files that cannot be read, and count them"),
         "seed": (0, number(int, 0, 2**62), "of everything random; the data set shapes is always the same"),
         "out": ("", str, "the run's directory; else runs/DATA-MODEL-DISTILL"),
+        "save_every": (0, number(int, 0), "steps between saves within an epoch; 0: at the end of each alone"),
         "resume": (False, bool, "continue the run in --out, or start it if there is none"),
         "overwrite": (False, bool, "replace the run in --out"),
     },
@@ -146,7 +164,7 @@ RECIPES = {
 CONVNET = dict(optimizer="sgd", lr=0.8, min_lr=0.0, weight_decay=5e-5, drop_path=0.0, distill="none")
 CONVNET_RECIPES = {"shapes": dict(lr=0.4, augment="none", mixup=0.0, cutmix=0.0)}
 # These do not change what a run computes: a resumed run may have others, a teacher serves for all of them.
-INCIDENTAL = {"out", "workers", "device", "compile", "resume", "overwrite"}
+INCIDENTAL = {"out", "workers", "device", "compile", "resume", "overwrite", "save_every", "skip_broken"}
 
 
 class Parser(argparse.ArgumentParser):
@@ -155,10 +173,20 @@ class Parser(argparse.ArgumentParser):
     def error(self, message: str) -> None:
         raise UsageError(f"{message}; see {self.prog} --help")
 
+    def parse_known_args(self, args=None, namespace=None):
+        found, unknown = super().parse_known_args(args, namespace)
+        if unknown:
+            flags = re.findall(r"--[\w-]+", self.format_help())
+            hint = nearest(unknown[0].partition("=")[0], flags)
+            self.error(f"unrecognized arguments: {' '.join(unknown)}{hint}")
+        return found, unknown
+
 
 def add_flag(parser: argparse.ArgumentParser, name: str, default, kind, text: str) -> None:
     """The flag of one setting, which is parsed only if it was given: recipes have the defaults."""
-    more = {"choices": kind} if isinstance(kind, tuple) else {"type": kind}
+    more = {"type": kind}
+    if isinstance(kind, tuple):
+        more = {"type": choice(kind), "metavar": "{" + ",".join(kind) + "}"}
     if kind is bool:
         more = {"action": "store_true"}
     shown = "" if kind is bool or default == "" else f" [{default}]"
@@ -238,6 +266,14 @@ def total(values: Tensor, place: Place) -> Tensor:
     return values
 
 
+def gather(value: Tensor, place: Place) -> list[float]:
+    """The scalars that all processes have, by rank."""
+    values = [torch.zeros_like(value) for _ in range(place.world)] if place.world > 1 else [value]
+    if place.world > 1:
+        dist.all_gather(values, value)
+    return [value.item() for value in values]
+
+
 def first_alone(place: Place, act: Callable):
     """act() in the first process, then in the others, which find what the first has downloaded."""
     if place.rank > 0:
@@ -248,10 +284,49 @@ def first_alone(place: Place, act: Callable):
     return result
 
 
+def printable(text: str) -> str:
+    """Text in which no name of a file or class can move the cursor, add lines or fail to be encoded."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+
+
 def say(place: Place, text: str) -> None:
     """Prints from the first process alone."""
     if place.rank == 0:
-        print(text, flush=True)
+        print("\n".join(printable(line) for line in text.split("\n")), flush=True)
+
+
+class Interrupted(Exception):
+    """A signal asked the run to stop: what was saved, and the signal's number."""
+
+
+class Signals:
+    """Notes SIGINT and SIGTERM, to be looked at between two steps."""
+
+    def __init__(self, place: Place):
+        self.got = 0  # the signal's number
+        self.at_once = False  # whether the signal is to raise Interrupted where it is met
+        self.group = dist.new_group(backend="gloo") if place.world > 1 else None
+
+    def __enter__(self) -> "Signals":
+        self.before = {number: signal.signal(number, self.note) for number in (signal.SIGINT, signal.SIGTERM)}
+        return self
+
+    def __exit__(self, *_) -> None:
+        if not self.got:  # torchrun sends a second one, which would end the end
+            for number, handler in self.before.items():
+                signal.signal(number, handler)
+
+    def note(self, number: int, frame) -> None:
+        first, self.got = not self.got, number
+        if first and self.at_once:
+            raise Interrupted
+
+    def asked(self) -> int:
+        """The signal any process got, or 0: the same answer for all, and no GPU waits for it."""
+        flag = torch.tensor(self.got)
+        if self.group is not None:
+            dist.all_reduce(flag, dist.ReduceOp.MAX, group=self.group)
+        return flag.item()
 
 
 def precision(settings: dict, device: torch.device) -> torch.dtype:
@@ -381,20 +456,44 @@ def workers(settings: dict, place: Place) -> int:
 # ---- Files of a run ----
 
 
-def write_whole(path: Path, write: Callable) -> None:
-    """Calls `write` with a binary file that takes the name `path` only when it is whole and on the disk."""
+def write_whole(path: Path, write: Callable, previous: Path | None = None) -> None:
+    """Calls `write` with a binary file that takes the name `path` only when it is whole and on the disk.
+
+    The file that had the name till then takes the name `previous`, if one is given.
+    """
     partial = path.with_name(f"{path.name}.{os.getpid()}.partial")  # another process may write the same file
     try:
         with open(partial, "wb") as file:
             write(file)
             file.flush()
             os.fsync(file.fileno())
+        if previous and path.exists():
+            os.replace(path, previous)
         os.replace(partial, path)
-    except OSError as error:
+    except (OSError, RuntimeError) as error:  # torch's writer turns the one into the other
         partial.unlink(missing_ok=True)
-        raise UsageError(
-            f"could not write {path}: {error.strerror}; what was saved before is intact"
-        ) from error
+        reason = getattr(error, "strerror", None) or "the disk may be full"
+        raise UsageError(f"could not write {path}: {reason}; what was saved before is intact") from error
+
+
+CHECKPOINTS = ("last.pth", "previous.pth", "best.pth")  # of a run, in the order in which one is continued
+
+
+def newest(out: Path) -> dict:
+    """The checkpoint to continue from: the last one, or the newest before it if that is damaged."""
+    damaged = []
+    for path in (out / name for name in CHECKPOINTS if (out / name).exists()):
+        try:
+            checkpoint = read_checkpoint(path)
+            if not {"model", "ema", "optimizer", "scaler", "progress", "settings"} <= checkpoint.keys():
+                raise UsageError(f"{path} is not the checkpoint of a run")
+        except UsageError as error:
+            damaged.append(str(error))
+            continue
+        if damaged and os.environ.get("RANK", "0") == "0":
+            print(printable(f"{'; '.join(damaged)}; continuing from {path}"), flush=True)
+        return checkpoint
+    raise UsageError(f"{'; '.join(damaged)}; start the run anew with --overwrite")
 
 
 def restore(settings: dict, given: dict) -> tuple[dict, dict]:
@@ -403,7 +502,7 @@ def restore(settings: dict, given: dict) -> tuple[dict, dict]:
     Raises UsageError if a flag given differs from the run's, or if a run would be written over without leave.
     """
     out = Path(settings["out"])
-    if not (out / "last.pth").exists():
+    if not any((out / name).exists() for name in CHECKPOINTS):
         return settings, {}
     if not (settings["resume"] or settings["overwrite"]):
         raise UsageError(
@@ -412,7 +511,7 @@ def restore(settings: dict, given: dict) -> tuple[dict, dict]:
         )
     if not settings["resume"]:
         return settings, {}
-    checkpoint = read_checkpoint(out / "last.pth")
+    checkpoint = newest(out)
     saved = {name: value for name, value in checkpoint["settings"].items() if name != "classes"}
     for name in sorted(given.keys() & saved.keys() - INCIDENTAL):
         if given[name] != saved[name]:
@@ -438,7 +537,9 @@ def prepare_directory(out: Path) -> None:
 def start_directory(out: Path, settings: dict, fresh: bool) -> None:
     """Writes a run's settings into its directory, empty of an earlier run if this is a fresh one."""
     prepare_directory(out)
-    for stale in ("last.pth", "best.pth", "log.jsonl") if fresh else ():
+    for partial in out.glob("*.partial"):  # of a process that was killed while it wrote
+        partial.unlink(missing_ok=True)
+    for stale in (*CHECKPOINTS, "log.jsonl") if fresh else ():
         (out / stale).unlink(missing_ok=True)
     write_whole(out / "settings.json", lambda file: file.write(json.dumps(settings, indent=2).encode()))
 
@@ -462,36 +563,86 @@ class Progress:
 
     def line(self, text: str, end: str = "\n") -> None:
         if self.place.rank == 0:
-            print(f"{CLEAR if self.live else ''}{text}", end=end, flush=True)
+            print(f"{CLEAR if self.live else ''}{printable(text)}", end=end, flush=True)
 
-    def show(self, step: int, epoch: int, loss: float, lr: float) -> None:
+    def show(self, run: "Run", epoch: int) -> None:
         self.shown = time.monotonic()
-        elapsed, done = self.shown - self.started, step - self.first
-        rate, left = done * self.batch_size / elapsed, elapsed / done * (self.steps - step)
-        text = (
-            f"epoch {epoch + 1}  step {step}/{self.steps}  loss {loss:.3f}  lr {lr:.2e}  {rate:.0f} images/s"
-        )
+        elapsed, done = self.shown - self.started, run.step - self.first
+        rate, left = done * self.batch_size / elapsed, elapsed / done * (self.steps - run.step)
+        loss = run.loss_sum.item() / ((run.step - 1) % run.per_epoch + 1)
+        text = f"epoch {epoch}  step {run.step}/{self.steps}  loss {loss:.3f}"
+        text += f"  lr {run.learning_rate(run.step - 1):.2e}  {rate:.0f} images/s"
         self.line(f"{text}  {left // 60:.0f}:{left % 60:02.0f} left", end="" if self.live else "\n")
+
+
+NEVER = 2**62
 
 
 class Run:
     """All that changes while a network is trained, and that a checkpoint therefore holds."""
 
     def __init__(
-        self, settings: dict, device: torch.device, initial: Callable[[nn.Module], None] | None = None
+        self, settings: dict, place: Place, per_epoch: int, initial: Callable[[nn.Module], None] | None = None
     ):
-        self.settings = settings
+        device, number = place.device, precision(settings, place.device)
+        self.settings, self.place, self.per_epoch = settings, place, per_epoch
         self.network = build_network(settings, len(settings["classes"])).to(device)
         if initial is not None:
             initial(self.network)
         if settings["model"] not in SIZES:  # convolutions are faster so
             self.network = self.network.to(memory_format=torch.channels_last)
         self.optimizer = build_optimizer(self.network, settings)
-        self.scaler = torch.amp.GradScaler(device.type, enabled=precision(settings, device) == torch.float16)
+        self.scaler = torch.amp.GradScaler(device.type, enabled=number == torch.float16)
         self.average = copy.deepcopy(self.network).requires_grad_(False) if settings["ema"] else None
         self.blend = get_ema_multi_avg_fn(settings["ema"])
         self.step = 0  # steps done
         self.log: list[dict] = []  # one record an epoch
+        # The loss of this epoch's steps so far: their sum here, and as last gathered from all processes
+        self.loss_sum, self.loss_sums = torch.zeros((), device=device), [0.0]
+        self.bad_step = torch.tensor(NEVER, device=device)  # the first whose loss was not finite
+        # With another of these, the same run has other rounding errors
+        self.made_on = (
+            f"{place.world} × {device.type}, {settings['accumulate']} parts, {number}, {torch.__version__}"
+        )
+
+    def learning_rate(self, step: int) -> float:
+        """The one that takes the network from `step` to the next."""
+        steps, warmup = (round(self.settings[name] * self.per_epoch) for name in ("epochs", "warmup_epochs"))
+        return learning_rate(step, steps, warmup, self.settings)
+
+    def note(self, loss: Tensor) -> None:
+        """Keeps account of a step's loss without waiting for the device."""
+        self.loss_sum += loss
+        self.bad_step = torch.where(loss.isfinite(), self.bad_step, self.bad_step.clamp(max=self.step))
+
+    def check_finite(self) -> None:
+        """Raises UsageError if any loss so far was not finite; waits for the device."""
+        step = self.bad_step.item()
+        if step < NEVER:
+            last = Path(self.settings["out"]) / "last.pth"
+            kept = f"{last} is from before it" if last.exists() else "nothing was saved before it"
+            raise UsageError(
+                f"the loss of step {step + 1} is not a finite number, at learning rate "
+                f"{self.learning_rate(step):.2e}; {kept}; try a lower --lr or --precision fp32"
+            )
+
+    def settle(self) -> None:
+        """What all processes do together before a save: gather their losses, refuse what is not finite."""
+        self.loss_sums = gather(self.loss_sum, self.place)
+        values = [value for value in self.network.state_dict().values() if value.is_floating_point()]
+        finite = torch.stack([value.isfinite().all() for value in values]).all()
+        self.bad_step = torch.where(finite, self.bad_step, self.bad_step.clamp(max=self.step - 1))
+        if self.place.world > 1:
+            dist.all_reduce(self.bad_step, dist.ReduceOp.MIN)
+        self.check_finite()
+
+    def end_epoch(self, accuracy: dict[str, float]) -> None:
+        """Writes the epoch's line into the log."""
+        loss = sum(self.loss_sums) / self.place.world / self.per_epoch
+        record = {"epoch": len(self.log) + 1, "step": self.step, "lr": self.learning_rate(self.step - 1)}
+        self.log.append(record | {"loss": loss, "accuracy": accuracy})
+        self.loss_sum.zero_()
+        self.loss_sums = [0.0] * self.place.world
 
     def evaluated(self) -> nn.Module:
         """The network whose accuracy counts."""
@@ -505,16 +656,28 @@ class Run:
             if not average.is_floating_point():
                 average.copy_(current)
 
-    def contents(self) -> dict:
-        """The checkpoint."""
-        return {
+    def save(self, best: bool = False) -> None:
+        """Writes the log, then last.pth and, if told to, before it best.pth: the work of one process."""
+        if self.place.rank > 0:
+            return
+        contents = {
             "model": self.network.state_dict(),
             "ema": None if self.average is None else self.average.state_dict(),
             "optimizer": self.optimizer.state_dict(),
             "scaler": self.scaler.state_dict(),
-            "progress": {"step": self.step, "log": self.log},
+            "progress": {
+                "step": self.step,
+                "log": self.log,
+                "loss_sums": self.loss_sums,
+                "made_on": self.made_on,
+            },
             "settings": self.settings,
         }
+        out, text = Path(self.settings["out"]), "".join(json.dumps(record) + "\n" for record in self.log)
+        write_whole(out / "log.jsonl", lambda file: file.write(text.encode()))
+        if best:
+            write_whole(out / "best.pth", lambda file: torch.save(contents, file))
+        write_whole(out / "last.pth", lambda file: torch.save(contents, file), out / "previous.pth")
 
     def restore(self, contents: dict) -> None:
         """Continues from a checkpoint."""
@@ -524,15 +687,22 @@ class Run:
             self.scaler.load_state_dict(contents["scaler"])
         if self.average is not None:
             self.average.load_state_dict(contents["ema"])
-        self.step, self.log = contents["progress"]["step"], contents["progress"]["log"]
-
-    def save(self, out: Path) -> None:
-        """Writes the log, best.pth if the newest epoch is the best so far, and last.pth."""
-        contents, scores = self.contents(), [chief(record["accuracy"]) for record in self.log]
-        text = "".join(json.dumps(record) + "\n" for record in self.log)
-        write_whole(out / "log.jsonl", lambda file: file.write(text.encode()))
-        for name in ["best.pth", "last.pth"] if scores[-1] > max(scores[:-1], default=-1) else ["last.pth"]:
-            write_whole(out / name, lambda file: torch.save(contents, file))
+        progress, rank = contents["progress"], self.place.rank
+        self.step, self.log = progress["step"], progress["log"]
+        same = len(progress["loss_sums"]) == self.place.world
+        self.loss_sum.fill_(progress["loss_sums"][rank] if same else sum(progress["loss_sums"]) * (rank == 0))
+        say(self.place, f"resuming {self.settings['out']} after step {self.step}, {len(self.log)} epochs")
+        if progress["made_on"] != self.made_on:
+            say(
+                self.place,
+                f"the run was made on {progress['made_on']} and goes on on {self.made_on}: its numbers "
+                "will differ a little from those of a run that was never stopped",
+            )
+        if len(set(gather(torch.tensor(self.step, device=self.place.device), self.place))) > 1:
+            raise UsageError(
+                f"not all processes see the same checkpoint in {self.settings['out']}; it must lie on a disk "
+                "that all machines share"
+            )
 
 
 def train(
@@ -546,8 +716,9 @@ def train(
     """Trains one network and leaves its run in settings["out"]. Returns the accuracies at the end.
 
     `checkpoint` is what to continue from, {} for a fresh run; `initial` may change a fresh network's weights.
+    A signal to stop raises Interrupted, after a save.
     """
-    (train_set, val_set), out, device, seed = data, Path(settings["out"]), place.device, settings["seed"]
+    (train_set, val_set), device, seed = data, place.device, settings["seed"]
     settings = settings | {"classes": train_set.classes}
     part_size = settings["batch_size"] // (place.world * settings["accumulate"])  # images a forward pass
     sampler = RepeatedAugmentSampler(len(train_set), place.world, place.rank, settings["repeats"], seed)
@@ -557,16 +728,17 @@ def train(
         raise UsageError(
             f"--batch-size {settings['batch_size']} is more than an epoch's {epoch_size} images; lower it"
         )
-    steps, warmup = settings["epochs"] * per_epoch, round(settings["warmup_epochs"] * per_epoch)
+    steps = settings["epochs"] * per_epoch
 
-    run = Run(settings, device, None if checkpoint else initial)
+    run = Run(settings, place, per_epoch, None if checkpoint else initial)
     if checkpoint:
         if checkpoint["settings"]["classes"] != train_set.classes:
-            raise UsageError(f"the classes of {settings['data']} are no longer those of the run in {out}")
+            raise UsageError(
+                f"the classes of {settings['data']} are no longer those of the run in {settings['out']}"
+            )
         run.restore(checkpoint)
-        say(place, f"resuming {out} after epoch {run.step // per_epoch}")
     if place.rank == 0:
-        start_directory(out, settings, fresh=not checkpoint)
+        start_directory(Path(settings["out"]), settings, fresh=not checkpoint)
     model = torch.compile(run.network) if settings["compile"] else run.network
     if place.world > 1:
         model = DistributedDataParallel(model, device_ids=[device] if device.type == "cuda" else None)
@@ -587,13 +759,15 @@ def train(
         *(settings[name] for name in ("augment", "erasing", "mixup", "cutmix", "smoothing")),
     )
     loss_of = loss_function(settings, teacher)
-    loss_sum = torch.zeros((), device=device)  # over the epoch so far; read only now and then
     progress = Progress(place, run.step, steps, settings["batch_size"])
-    model.train()
-    while run.step < steps:
-        lr = learning_rate(run.step, steps, warmup, settings)
+
+    def step() -> None:
+        """One step of the optimizer, over all the parts of its batch."""
+        model.train()
+        lr = run.learning_rate(run.step)
         for group in run.optimizer.param_groups:
             group["lr"] = lr
+        losses = 0.0
         for part in range(settings["accumulate"]):
             key = (seed, run.step, part, place.rank)
             images, labels = next(batches)
@@ -604,7 +778,7 @@ def train(
                 with autocast(settings, device):
                     loss = loss_of(model(inputs), targets, inputs) / settings["accumulate"]
                 run.scaler.scale(loss).backward()
-            loss_sum += loss.detach()
+            losses += loss.detach()
         if settings["clip_grad"]:
             run.scaler.unscale_(run.optimizer)
             nn.utils.clip_grad_norm_(run.network.parameters(), settings["clip_grad"])
@@ -613,31 +787,44 @@ def train(
         run.optimizer.zero_grad()
         if run.average is not None:
             run.update_average()
+        run.note(losses)
         run.step += 1
 
-        epoch, done = (run.step - 1) // per_epoch, (run.step - 1) % per_epoch + 1
-        if progress.due() or done == per_epoch:
-            mean_loss = loss_sum.item() / done
-            if not math.isfinite(mean_loss):
-                kept = f"{out / 'last.pth'} is from before" if run.log else "nothing was saved"
-                raise UsageError(
-                    f"the loss is {mean_loss} after step {run.step} at learning rate {lr:.2e}; {kept}; try a "
-                    "lower --lr or --precision fp32"
-                )
-            progress.show(run.step, epoch, mean_loss, lr)
-        if done == per_epoch:
-            mean_loss = total(loss_sum, place).item() / place.world / per_epoch
-            accuracy = evaluate(run.evaluated(), val_set, settings, place)
-            run.log.append(
-                {"epoch": epoch + 1, "step": run.step, "lr": lr, "loss": mean_loss, "accuracy": accuracy}
-            )
-            if place.rank == 0:
-                run.save(out)
-            progress.line(
-                f"epoch {epoch + 1}/{settings['epochs']}  loss {mean_loss:.3f}  val {headline(accuracy)}"
-            )
-            loss_sum.zero_()
-            model.train()
+    with Signals(place) as signals:
+        try:
+            while not (asked := signals.asked()) and len(run.log) < settings["epochs"]:
+                epoch = len(run.log) + 1
+                if run.step < epoch * per_epoch:
+                    step()
+                    if progress.due():
+                        run.check_finite()
+                        progress.show(run, epoch)
+                    if settings["save_every"] and run.step % settings["save_every"] == 0:
+                        run.settle()
+                        run.save()
+                else:
+                    run.settle()
+                    signals.at_once = True  # nothing changes while the network is evaluated
+                    accuracy = evaluate(run.evaluated(), val_set, settings, place)
+                    signals.at_once = False
+                    run.end_epoch(accuracy)
+                    best = max((chief(record["accuracy"]) for record in run.log[:-1]), default=-1)
+                    run.save(best=chief(accuracy) > best)
+                    progress.line(
+                        f"epoch {epoch}/{settings['epochs']}  loss {run.log[-1]['loss']:.3f}  "
+                        f"val {headline(accuracy)}"
+                    )
+            if asked:
+                run.settle()
+                raise Interrupted
+        except Interrupted:
+            run.save()
+            number = asked or signals.got
+            raise Interrupted(
+                f"stopped by {signal.Signals(number).name} after step {run.step} of {steps}; all is saved in "
+                f"{settings['out']}, and the same command with --resume goes on",
+                number,
+            ) from None
     return run.log[-1]["accuracy"]
 
 
@@ -788,21 +975,32 @@ def finish(settings: dict, accuracy: dict[str, float], started: float, place: Pl
 
 def program(main: Callable[[], None]) -> None:
     """Runs a script's main function; a person's mistake ends it with one line and exit code 2."""
+    sys.stdout.reconfigure(errors="backslashreplace")  # a terminal without × and τ shows their codes
+    first = os.environ.get("RANK", "0") == "0"
+
+    def end(text: str, code: int) -> None:
+        print(printable(text), file=sys.stderr, flush=True)
+        sys.exit(code)
+
     try:
         main()
         if dist.is_initialized():
             dist.destroy_process_group()
     except UsageError as error:
-        if os.environ.get("RANK", "0") != "0":
+        if not first:
             time.sleep(2)  # what all processes find is told by the first, whose end stops the others
-        print(f"error: {error}", file=sys.stderr, flush=True)
-        sys.exit(2)
-    except torch.OutOfMemoryError:
-        print("error: the GPU's memory is full; lower --batch-size or raise --accumulate", file=sys.stderr)
-        sys.exit(2)
+        end(f"error: {error}", 2)
+    except Interrupted as error:
+        text, number = error.args
+        end(text, 128 + number) if first else sys.exit(128 + number)
     except KeyboardInterrupt:
-        print("error: interrupted", file=sys.stderr, flush=True)
-        sys.exit(130)
+        end("error: interrupted", 128 + signal.SIGINT)
+    except (RuntimeError, MemoryError) as error:
+        if isinstance(error, MemoryError | torch.OutOfMemoryError) or "can't allocate memory" in str(error):
+            end("error: out of memory; lower --batch-size or raise --accumulate", 2)
+        if dist.is_initialized() and "onnection" in str(error):
+            end("error: another process of this run has ended; what it says tells why", 1)
+        raise
 
 
 def main() -> None:
