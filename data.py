@@ -8,8 +8,9 @@ batches of images uint8 (B, 3, S, S) and labels int64 (B,).
 """
 
 import random
+import signal
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -113,20 +114,27 @@ def draw_shape(seed: int, split: str, index: int, size: int) -> tuple[Image.Imag
 
 
 class ArraySet:
-    """A data set held whole: images uint8 (N, 3, H, W) and labels int64 (N,), both on the training device."""
+    """A data set held whole: images uint8 (N, 3, H, W) and labels int64 (N,), both on the training device.
 
-    def __init__(self, images: Tensor, labels: Tensor, classes: list[str]):
-        self.images, self.labels, self.classes = images, labels, classes
+    `broken` are the paths of image files that could not be read and were left out.
+    """
+
+    def __init__(self, images: Tensor, labels: Tensor, classes: list[str], broken: Iterable[str] = ()):
+        self.images, self.labels, self.classes, self.broken = images, labels, classes, set(broken)
 
     def __len__(self) -> int:
         return len(self.labels)
 
 
 class FolderSet:
-    """A data set left in its files: their paths, labels (whole numbers) and the class names."""
+    """A data set left in its files: their paths, labels (whole numbers) and the class names.
 
-    def __init__(self, paths: list[str], labels: list[int], classes: list[str]):
+    A file that cannot be read is an error or, with `skip_broken`, left out and put into `broken`.
+    """
+
+    def __init__(self, paths: list[str], labels: list[int], classes: list[str], skip_broken: bool = False):
         self.paths, self.labels, self.classes = paths, labels, classes
+        self.skip_broken, self.broken = skip_broken, set()
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -165,25 +173,49 @@ def read_image(path: str | Path) -> Image.Image:
 HELD_BYTES = 2**30  # a set of equally large images that needs less than this is held whole
 
 
-def open_folder(root: Path, device: torch.device) -> ArraySet | FolderSet:
-    """The images below root/CLASS/: held if they are all of one size and small together, else streamed."""
+def open_folder(
+    root: Path, split: str, device: torch.device, skip_broken: bool = False
+) -> ArraySet | FolderSet:
+    """The images below root/SPLIT/CLASS/: held if they are all of one size and small together, else streamed.
+
+    The classes are those of root/train, which must all have images; another split may lack some of them.
+    """
     try:
-        found = torchvision.datasets.ImageFolder(root)
+        found = torchvision.datasets.ImageFolder(root / split, allow_empty=split != "train")
+        classes = found.classes
+        if (root / "train").is_dir():
+            classes = torchvision.datasets.folder.find_classes(root / "train")[0]
     except OSError as error:
         raise UsageError(
-            f"no images in class folders below {root}: {' '.join(str(error).split())}"
+            f"no images in class folders below {root / split}: {' '.join(str(error).split())}"
         ) from error
-    paths, labels = [path for path, _ in found.samples], [label for _, label in found.samples]
-    width, height = read_image(paths[0]).size
-    if len(paths) * 3 * width * height > HELD_BYTES:
-        return FolderSet(paths, labels, found.classes)
-    images = torch.empty(len(paths), 3, height, width, dtype=torch.uint8)
-    for path, held in zip(paths, images, strict=True):
-        image = read_image(path)
-        if image.size != (width, height):
-            return FolderSet(paths, labels, found.classes)
-        held.copy_(to_tensor(image))
-    return ArraySet(images.to(device), torch.tensor(labels, device=device), found.classes)
+    odd = sorted(set(found.classes) - set(classes))
+    if odd or not found.samples:
+        reason = f"the class {odd[0]!r}, which train has not" if odd else "no images"
+        raise UsageError(f"there is {reason}, in {root / split}")
+    paths = [path for path, _ in found.samples]
+    labels = [classes.index(found.classes[label]) for _, label in found.samples]
+    streamed = FolderSet(paths, labels, classes, skip_broken)
+    images, kept, broken = None, [], []
+    for path, label in zip(paths, labels, strict=True):
+        try:
+            image = to_tensor(read_image(path))
+        except UsageError:
+            if not skip_broken:
+                raise
+            broken.append(path)
+            continue
+        if images is None:
+            if len(paths) * image.numel() > HELD_BYTES:
+                return streamed
+            images = image.new_empty(len(paths), *image.shape)
+        if image.shape != images.shape[1:]:
+            return streamed
+        images[len(kept)] = image
+        kept.append(label)
+    if images is None:
+        raise UsageError(f"none of the images in {root / split} can be read")
+    return ArraySet(images[: len(kept)].to(device), torch.tensor(kept, device=device), classes, broken)
 
 
 SHAPES_COUNT = {"train": 8000, "val": 2000}
@@ -191,7 +223,12 @@ DATA_NAMES = ("shapes", "cifar10", "cifar100", "imagenet", "folder")
 
 
 def load_data(
-    name: str, path: str, img_size: int, device: torch.device, splits: tuple[str, ...] = ("train", "val")
+    name: str,
+    path: str,
+    img_size: int,
+    device: torch.device,
+    splits: tuple[str, ...] = ("train", "val"),
+    skip_broken: bool = False,
 ) -> list[ArraySet | FolderSet]:
     """The named splits of the data set called `name`, one of DATA_NAMES.
 
@@ -208,11 +245,7 @@ def load_data(
             raise UsageError(
                 f"there is no folder {Path(path) / split}; --data-path must hold train/CLASS/*, val/CLASS/*"
             )
-    found = [open_folder(Path(path) / split, device) for split in splits]
-    odd = set(found[0].classes) ^ set(found[-1].classes)
-    if odd:
-        raise UsageError(f"train and val below {path} have different classes: {min(odd)!r} is only in one")
-    return found
+    return [open_folder(Path(path), split, device, skip_broken) for split in splits]
 
 
 # ---- Batches ----
@@ -238,39 +271,62 @@ def crop_file(image: Image.Image, size: int, key: tuple | None) -> Tensor:
 
 
 class Crops(Dataset):
-    """Whole batches read from files: item (indices, key) is (images uint8 (B, 3, S, S), labels int64 (B,)).
+    """Whole batches read from files: item (indices, key) is images uint8 (B, 3, S, S), labels int64 (B,) and
+    the files that were left out.
 
-    A file that cannot be read makes the item the UsageError itself, which would lose its one line if a worker
-    raised it.
+    A batch of training has others of its images in their place, one of evaluation is smaller. Where none may
+    be left out the item is the UsageError itself, which would lose its one line if a worker raised it.
     """
 
     def __init__(self, data: FolderSet, size: int):
         self.data, self.size = data, size
 
-    def __getitem__(self, item: tuple[list[int], tuple | None]) -> tuple[Tensor, Tensor] | UsageError:
+    def __getitem__(self, item: tuple[list[int], tuple | None]) -> tuple[Tensor, Tensor, list] | UsageError:
         indices, key = item
-        crops, last, image = [], None, None
+        crops, labels, broken, last, image = [], [], [], None, None
         for place, index in enumerate(indices):
             if index != last:  # repeated augmentation puts an image's repeats side by side: decode it once
+                last, image = index, None
                 try:
-                    last, image = index, read_image(self.data.paths[index])
+                    image = read_image(self.data.paths[index])
                 except UsageError as error:
-                    return error
-            crops.append(crop_file(image, self.size, None if key is None else (*key, place)))
-        return torch.stack(crops), torch.tensor([self.data.labels[index] for index in indices])
+                    if not self.data.skip_broken:
+                        return error
+                    broken.append(self.data.paths[index])
+            if image is not None:
+                crops.append(crop_file(image, self.size, None if key is None else (*key, place)))
+                labels.append(self.data.labels[index])
+        if key is not None and broken:
+            if not crops:
+                return UsageError(f"none of the images of a batch can be read; one is {broken[0]}")
+            crops, labels = ((part * len(indices))[: len(indices)] for part in (crops, labels))
+        images = torch.stack(crops) if crops else torch.empty(0, 3, self.size, self.size, dtype=torch.uint8)
+        return images, torch.tensor(labels, dtype=torch.int64), broken
+
+
+def ignore_signals(worker: int) -> None:
+    """The main process decides when to stop; its workers end when it does."""
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
 
 
 def stream(
     data: FolderSet, size: int, plan, workers: int, device: torch.device
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """The batches that `plan` (an iterable of items of Crops) asks for, read ahead by worker processes."""
-    pinned = device.type == "cuda"
-    for batch in DataLoader(
-        Crops(data, size), sampler=plan, batch_size=None, num_workers=workers, pin_memory=pinned
-    ):
+    loader = DataLoader(
+        Crops(data, size),
+        sampler=plan,
+        batch_size=None,
+        num_workers=workers,
+        pin_memory=device.type == "cuda",
+        worker_init_fn=ignore_signals,
+    )
+    for batch in loader:
         if isinstance(batch, UsageError):
             raise batch
-        images, labels = batch
+        images, labels, broken = batch
+        data.broken.update(broken)
         yield images.to(device, non_blocking=True), labels.to(device, non_blocking=True)
 
 

@@ -9,6 +9,7 @@ teaches the class token and the teacher teaches the distillation token.
 
 import math
 import re
+import zipfile
 from pathlib import Path
 
 import torch
@@ -129,6 +130,8 @@ def read_checkpoint(source: str | Path) -> dict:
                 source, map_location="cpu", check_hash=True, weights_only=True
             )
         else:
+            if zipfile.is_zipfile(source) and (bad := zipfile.ZipFile(source).testzip()):
+                raise UsageError(f"{bad} in it is damaged")  # torch itself does not look at the checksums
             contents = torch.load(source, map_location="cpu", weights_only=True)
     except FileNotFoundError:
         raise UsageError(f"there is no file {source}") from None

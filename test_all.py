@@ -6,8 +6,12 @@ finite differences, a second way of computing.
 
 import json
 import math
+import multiprocessing
 import os
 import re
+import resource
+import shutil
+import signal
 import subprocess
 import sys
 from collections import Counter
@@ -22,6 +26,7 @@ from PIL import Image, ImageEnhance, ImageFilter, ImageOps
 from torch import nn
 
 import augment
+import data
 import evaluate as measure
 import finetune
 import train
@@ -47,7 +52,18 @@ from distill import (
     teacher_logits,
     torchvision_layout,
 )
-from model import Attention, Block, DeiT, DropPath, UsageError, attend, create_model, fuse, load_weights
+from model import (
+    SIZES,
+    Attention,
+    Block,
+    DeiT,
+    DropPath,
+    UsageError,
+    attend,
+    create_model,
+    fuse,
+    load_weights,
+)
 from train import (
     Place,
     build_network,
@@ -571,7 +587,7 @@ def test_a_damaged_checkpoint_is_recognised_at_any_length_and_any_bit(tmp_path):
             contents = read_checkpoint(tmp_path / "flipped.pth")
         except UsageError:
             continue
-        assert isinstance(contents, dict)  # the bit was in a place without meaning
+        assert torch.equal(contents["model"]["weight"], torch.arange(40.0))  # a bit without meaning
 
 
 class Mischief:
@@ -1469,17 +1485,63 @@ def test_a_broken_image_is_named_even_by_a_worker(tmp_path):
         assert "\n" not in str(caught.value)
 
 
+@pytest.mark.parametrize("streamed", [False, True])
+def test_broken_images_can_be_left_out_and_are_counted(tmp_path, streamed):
+    sizes = [(50, 40), (30, 60)] if streamed else [(30, 30)]
+    write_folder(tmp_path, sizes)
+    bad = {str(tmp_path / f"{split}/bee/{n}.png") for split in ("train", "val") for n in (2, 3)}
+    for path in bad:
+        Path(path).write_bytes(b"no picture")
+    train_set, val_set = load_data("folder", str(tmp_path), 24, CPU, skip_broken=True)
+    assert isinstance(train_set, FolderSet) == streamed
+    batches = collect(train_set, 0, 2, crop=True, batch=5, workers=2 * streamed)
+    assert all(images.shape == (5, 3, 24, 24) and labels.shape == (5,) for images, labels in batches)
+    options = {"rank": 0, "world": 1, "workers": 0, "device": CPU}
+    labels = torch.cat([labels for _, labels in eval_batches(val_set, 24, 3, **options)])
+    assert labels.tolist() == [0] * 6 + [1] * 4
+    assert train_set.broken | val_set.broken == bad
+
+
+def test_a_batch_without_any_readable_image_is_an_error(tmp_path):
+    data = load_data("folder", str(write_folder(tmp_path, [(50, 40), (30, 60)])), 24, CPU, skip_broken=True)
+    for path in tmp_path.rglob("*.png"):
+        path.write_bytes(b"")
+    with pytest.raises(UsageError, match="none of the images of a batch can be read"):
+        collect(data[0], 0, 1)
+    with pytest.raises(UsageError, match="none of the validation images can be read"):
+        evaluate(nn.Identity(), data[1], complete({"img_size": 24}), ALONE)
+
+
 def test_folders_that_make_no_data_set_are_refused(tmp_path):
     write_folder(tmp_path / "a", [(8, 8)], splits=("train",))
     with pytest.raises(UsageError, match="there is no folder .*val"):
         load_data("folder", str(tmp_path / "a"), 8, CPU)
     write_folder(tmp_path / "a", [(8, 8)], ("ant", "cow"), ("val",))
-    with pytest.raises(UsageError, match="different classes: 'bee'"):
+    with pytest.raises(UsageError, match="the class 'cow', which train has not"):
         load_data("folder", str(tmp_path / "a"), 8, CPU)
+    write_folder(tmp_path / "empty", [(8, 8)])
+    (tmp_path / "empty/train/dog").mkdir()
+    with pytest.raises(UsageError, match="no images .* dog"):
+        load_data("folder", str(tmp_path / "empty"), 8, CPU)
     (tmp_path / "b/train/ant").mkdir(parents=True)
     (tmp_path / "b/val").mkdir()
     with pytest.raises(UsageError, match="no images in class folders below"):
         load_data("folder", str(tmp_path / "b"), 8, CPU)
+    write_folder(tmp_path / "c", [(8, 8)], splits=("train",))
+    (tmp_path / "c/val/ant").mkdir(parents=True)
+    with pytest.raises(UsageError, match="there is no images, in .*val"):
+        load_data("folder", str(tmp_path / "c"), 8, CPU)
+
+
+@pytest.mark.parametrize("size", [(8, 8), (2000, 8)])
+def test_a_validation_set_may_lack_a_class_and_keeps_trains_labels(tmp_path, size):
+    write_folder(tmp_path, [size], ("ant", "bee", "cow"), ("train",))
+    write_folder(tmp_path, [size], ("ant", "cow"), ("val",))
+    (tmp_path / "val/bee").mkdir()
+    for splits in (("train", "val"), ("val",)):
+        val_set = load_data("folder", str(tmp_path), 8, CPU, splits)[-1]
+        assert list(val_set.labels) == [0] * 6 + [2] * 6
+        assert val_set.classes == ["ant", "bee", "cow"]
 
 
 # ---- train.py ----
@@ -1705,9 +1767,10 @@ with open(f"{sys.argv[sys.argv.index('--out') + 1]}/rank{rank}.json", "w") as fi
 
 def launch_two(script, words, start=(sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2")):
     environment = os.environ | {"PYTHONPATH": os.getcwd(), "OMP_NUM_THREADS": "1"}
-    subprocess.run(
-        [*start, str(script), *words], env=environment, check=True, capture_output=True, timeout=120
-    )
+    command = [*start, str(script), *words]
+    return subprocess.run(
+        command, env=environment, check=True, capture_output=True, timeout=120, text=True
+    ).stdout
 
 
 def test_two_processes_follow_one_and_end_with_identical_weights(tmp_path):
@@ -1825,6 +1888,261 @@ def test_a_file_is_whole_or_the_one_before(tmp_path):
     with pytest.raises(UsageError, match="No space left on device; what was saved before is intact"):
         write_whole(path, fail)
     assert path.read_bytes() == b"first"
+    assert list(tmp_path.iterdir()) == [path]
+    write_whole(path, lambda file: file.write(b"second"), tmp_path / "previous")
+    assert (path.read_bytes(), (tmp_path / "previous").read_bytes()) == (b"second", b"first")
+
+
+# ---- train.py: a run survives anything ----
+
+# Runs that are to be killed are forked from a server that has imported everything already
+SERVER = multiprocessing.get_context("forkserver")
+SERVER.set_forkserver_preload(["test_all"])
+TEACHER = {"distill": "hard", "teacher": "regnet_y_200mf", "teacher_epochs": 1, "ema": 0.9, "repeats": 3}
+SURVIVOR = QUICK | TEACHER | {"save_every": 2, "drop_path": 0.2}
+
+
+def forked_run(words, count, fault):
+    """The body of a forked process: `train.py WORDS`, with a fault (what, when, signal) that befalls it.
+
+    The signal comes at the when-th of all calls of a function in the process.
+    """
+    os.environ["OMP_NUM_THREADS"] = "1"
+    torch.set_num_threads(1)
+    data.SHAPES_COUNT = {"train": count, "val": 20}
+    SIZES["tiny"] = (64, 1)  # quick to compute and to write
+    what, when, number = fault or (None, 0, 0)
+    calls = Counter()
+
+    def hurt(module, name):
+        plain = getattr(module, name)
+
+        def wrapped(*arguments, **options):
+            calls[what] += 1
+            if calls[what] == when:
+                os.kill(os.getpid(), number)
+            return plain(*arguments, **options)
+
+        setattr(module, name, wrapped)
+
+    places = {"step": (train, "keyed_generator"), "write": (os, "fsync")}
+    places |= {"rename": (os, "replace"), "evaluation": (train, "fuse"), "teacher": (train, "create_teacher")}
+    if what:
+        hurt(*places[what])
+    sys.argv = ["train.py", *words]
+    sys.stdout = sys.stderr = open(os.devnull, "w")  # noqa: SIM115
+    program(main)
+
+
+def forked(words, fault=None, kill_after=None, count=54):
+    """Runs that in a process of its own, killed after so many seconds if it lives so long; its exit code."""
+    process = SERVER.Process(target=forked_run, args=(words, count, fault))
+    process.start()
+    process.join(60 if kill_after is None else kill_after)
+    if process.is_alive():
+        process.kill()
+        process.join()
+    return process.exitcode
+
+
+def same_run(one, two):
+    """Whether two runs ended with the same weights, average, log and all, bit for bit."""
+    first, second = (read_checkpoint(out / "last.pth") for out in (one, two))
+    assert first["progress"] == second["progress"]
+    assert (one / "log.jsonl").read_bytes() == (two / "log.jsonl").read_bytes()
+    for part in ("model", "ema"):
+        assert (first[part] is None) == (second[part] is None)
+        for key, value in (first[part] or {}).items():
+            assert torch.equal(value, second[part][key]), key
+    moments = [contents["optimizer"]["state"] for contents in (first, second)]
+    for key, state in moments[0].items():
+        assert all(torch.equal(value, moments[1][key][name]) for name, value in state.items())
+    return True
+
+
+@pytest.fixture(scope="module")
+def unhurt(tmp_path_factory):
+    """The run that was never stopped, to compare with."""
+    out = tmp_path_factory.mktemp("unhurt")
+    assert forked(flags(SURVIVOR | {"out": out / "run"})) == 0
+    return out / "run"
+
+
+FAULTS = [("step", n, signal.SIGKILL) for n in (1, 8, 17)]
+FAULTS += [(what, n, signal.SIGKILL) for what in ("write", "rename") for n in (1, 3, 6, 9, 12, 14)]
+FAULTS += [("evaluation", 2, signal.SIGKILL), ("teacher", 1, signal.SIGKILL)]
+FAULTS += [("step", n, signal.SIGTERM) for n in (3, 14)] + [("evaluation", n, signal.SIGINT) for n in (1, 2)]
+
+
+@pytest.mark.parametrize("fault", FAULTS, ids=lambda fault: f"{fault[0]}-{fault[1]}-{fault[2].name}")
+def test_a_run_that_is_killed_anywhere_ends_as_if_it_never_was(tmp_path, unhurt, fault):
+    words = flags(SURVIVOR | {"out": tmp_path / "run"})
+    code = forked(words, fault)
+    assert code == (-fault[2] if fault[2] == signal.SIGKILL else 128 + fault[2])
+    assert forked([*words, "--resume"]) == 0
+    assert same_run(unhurt, tmp_path / "run")
+    assert not list(tmp_path.rglob("*.partial"))
+
+
+def test_a_run_that_is_killed_again_and_again_at_random_ends_as_if_it_never_was(tmp_path, unhurt):
+    rng, words = np.random.default_rng(0), flags(SURVIVOR | {"out": tmp_path / "run", "resume": True})
+    words = [word for word in words if word != "True"]
+    kills = sum(forked(words, kill_after=rng.uniform(0.3, 2)) == -signal.SIGKILL for _ in range(6))
+    assert kills > 0
+    assert forked(words) == 0
+    assert same_run(unhurt, tmp_path / "run")
+
+
+def test_a_signal_is_answered_within_a_step_and_loses_nothing(tmp_path):
+    words = flags(QUICK | {"out": tmp_path / "run"})
+    assert forked(words, ("step", 9, signal.SIGTERM)) == 128 + signal.SIGTERM  # two draws a step
+    assert read_checkpoint(tmp_path / "run/last.pth")["progress"]["step"] == 5
+
+
+def test_fp16_survives_a_kill_with_its_scaler(tmp_path):
+    words = flags(QUICK | {"precision": "fp16", "epochs": 2, "save_every": 1, "batch_size": 8})
+    for out, fault in (("whole", None), ("cut", ("step", 9, signal.SIGKILL))):
+        forked([*words, "--out", str(tmp_path / out)], fault)
+    assert forked([*words, "--out", str(tmp_path / "cut"), "--resume"]) == 0
+    assert same_run(tmp_path / "whole", tmp_path / "cut")
+    scalers = [read_checkpoint(tmp_path / name / "last.pth")["scaler"] for name in ("whole", "cut")]
+    assert scalers[0] == scalers[1] != {}
+
+
+def test_the_older_checkpoint_serves_when_the_last_is_damaged(tmp_path, unhurt, capsys):
+    shutil.copytree(unhurt, tmp_path / "run")
+    last, rng = tmp_path / "run/last.pth", np.random.default_rng(0)
+    whole = last.read_bytes()
+    for length in (0, 1, 1000, len(whole) // 2, len(whole) - 1):
+        last.write_bytes(whole[:length])
+        assert train.newest(tmp_path / "run")["progress"]["step"] == 8
+        told = capsys.readouterr().out
+        assert "last.pth is not a checkpoint" in told
+        assert told.endswith(f"continuing from {tmp_path}/run/previous.pth\n")
+        assert told.count("\n") == 1
+    for place in rng.integers(0, len(whole), 20):
+        flipped = bytearray(whole)
+        flipped[place] ^= 1 << rng.integers(8)
+        last.write_bytes(flipped)
+        assert train.newest(tmp_path / "run")["progress"]["step"] == 8
+    torch.save({"model": {}}, last)
+    assert train.newest(tmp_path / "run")["progress"]["step"] == 8
+    assert "is not the checkpoint of a run" in capsys.readouterr().out
+    assert forked(["--out", str(tmp_path / "run"), "--resume"]) == 0
+    assert same_run(unhurt, tmp_path / "run")
+    for path in (tmp_path / "run").glob("*.pth"):
+        path.write_bytes(b"")
+    with pytest.raises(UsageError, match=r"last\.pth .*best\.pth .*with --overwrite") as caught:
+        train.newest(tmp_path / "run")
+    assert "\n" not in str(caught.value)
+
+
+CUT = """
+import os, signal, sys, data, train
+data.SHAPES_COUNT = {"train": 48, "val": 19}
+plain = train.Run.note
+def note(run, loss):
+    plain(run, loss)
+    dead = sys.argv[2] + "/dead"
+    if run.step == 4 and os.environ["RANK"] == os.environ["VICTIM"] and not os.path.exists(dead):
+        open(dead, "w").close()
+        os.kill(os.getpid(), signal.SIGKILL)
+train.Run.note = note
+train.program(train.main)
+"""
+
+
+def test_two_processes_survive_a_kill_and_torchrun_restarts_them(tmp_path, monkeypatch):
+    (tmp_path / "driver.py").write_text(CUT)
+    words = flags(QUICK | {"save_every": 1, "epochs": 2, "ema": 0.9})
+    launch = (sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--max-restarts=1")
+    for victim in ("none", "1"):
+        monkeypatch.setenv("VICTIM", victim)
+        words = ["--out", str(tmp_path / victim), *words, "--resume"]
+        launch_two(tmp_path / "driver.py", words, launch)
+        words = words[2:-1]
+    assert (tmp_path / "1/dead").exists()
+    assert same_run(tmp_path / "none", tmp_path / "1")
+
+
+def test_another_number_of_processes_may_go_on_and_is_told_of_the_difference(tmp_path):
+    words = flags(QUICK | {"save_every": 1, "accumulate": 2, "out": tmp_path / "run"})
+    assert forked(words, ("step", 9, signal.SIGTERM)) == 128 + signal.SIGTERM
+    (tmp_path / "driver.py").write_text(DRIVER)
+    words = ["--out", str(tmp_path / "run"), "--resume", "--accumulate", "1"]
+    launch = (sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2")
+    told = launch_two(tmp_path / "driver.py", words, launch)
+    assert "the run was made on 1 × cpu, 2 parts" in told
+    assert "will differ a little" in told
+    assert len(read_log(tmp_path / "run")) == 3
+
+
+def test_a_loss_that_is_not_finite_ends_the_run_before_anything_is_spoilt(
+    tmp_path, monkeypatch, few_shapes, capsys
+):
+    def explode(settings, teacher):
+        loss, calls = plain(settings, teacher), iter(range(100))
+        return lambda *arguments: loss(*arguments) * (math.nan if next(calls) == 4 else 1)
+
+    plain = train.loss_function
+    monkeypatch.setattr("train.loss_function", explode)
+    assert run_train(monkeypatch, *flags(QUICK | {"out": tmp_path / "run", "save_every": 2})) == 2
+    error = capsys.readouterr().err
+    rate = learning_rate(4, 9, round(0.3 * 3), complete(QUICK))
+    assert f"the loss of step 5 is not a finite number, at learning rate {rate:.2e}" in error
+    assert f"{tmp_path}/run/last.pth is from before it" in error
+    contents = read_checkpoint(tmp_path / "run/last.pth")
+    assert contents["progress"]["step"] == 4
+    assert all(value.isfinite().all() for value in contents["model"].values())
+
+
+def test_weights_that_are_not_finite_are_never_saved(tmp_path, monkeypatch, few_shapes, capsys):
+    class Exploding(torch.optim.AdamW):
+        def step(self, *arguments):
+            super().step(*arguments)
+            self.param_groups[0]["params"][0].data[0] = math.inf
+
+    monkeypatch.setattr("torch.optim.AdamW", Exploding)
+    assert run_train(monkeypatch, *flags(QUICK | {"out": tmp_path / "run", "save_every": 1})) == 2
+    assert "the loss of step 1 is not a finite number" in capsys.readouterr().err
+    assert not (tmp_path / "run/last.pth").exists()
+
+
+def full_disk(words, size):
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, size))  # files end there, as on a full disk
+    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    os.dup2(os.open(words[words.index("--out") + 1] + ".err", os.O_CREAT | os.O_WRONLY), 2)
+    data.SHAPES_COUNT, SIZES["tiny"] = {"train": 54, "val": 20}, (64, 1)
+    sys.argv = ["train.py", *words]
+    program(main)
+
+
+def test_a_full_disk_is_one_line_and_keeps_what_was_saved(tmp_path):
+    words = flags(QUICK | {"epochs": 2, "out": tmp_path / "run"})
+    assert forked(words, ("step", 9, signal.SIGTERM)) == 128 + signal.SIGTERM
+    before = (tmp_path / "run/last.pth").read_bytes()
+    process = SERVER.Process(target=full_disk, args=([*words, "--resume"], 2**20))
+    process.start()
+    process.join(60)
+    assert process.exitcode == 2
+    error = (tmp_path / "run.err").read_text()
+    assert error.startswith(f"error: could not write {tmp_path}/run/")
+    assert error.endswith("; what was saved before is intact\n")
+    assert error.count("\n") == 1
+    assert (tmp_path / "run/last.pth").read_bytes() == before
+    assert not list(tmp_path.rglob("*.partial"))
+
+
+def test_names_with_odd_characters_break_neither_terminal_nor_log(tmp_path, monkeypatch, capsys):
+    names = ("a\nnewline", "b\x1b[31mred", "c\udcff", "δ 日本")
+    write_folder(tmp_path / "da\x1b[2Jta", [(16, 16)], names)
+    words = QUICK | {"data": "folder", "data_path": tmp_path / "da\x1b[2Jta", "batch_size": 8, "epochs": 1}
+    assert run_train(monkeypatch, *flags(words | {"out": tmp_path / "run\x07"})) == 0
+    assert run_train(monkeypatch, *flags(words | {"out": tmp_path / "run\x07"})) == 2
+    for told in capsys.readouterr():
+        assert all(c.isprintable() or c == "\n" for c in told)
+    assert read_checkpoint(tmp_path / "run\x07/last.pth")["settings"]["classes"] == list(names)
+    assert len(read_log(tmp_path / "run\x07")) == 1
 
 
 # ---- finetune.py and evaluate.py ----

@@ -165,6 +165,8 @@ CONVNET = dict(optimizer="sgd", lr=0.8, min_lr=0.0, weight_decay=5e-5, drop_path
 CONVNET_RECIPES = {"shapes": dict(lr=0.4, augment="none", mixup=0.0, cutmix=0.0)}
 # These do not change what a run computes: a resumed run may have others, a teacher serves for all of them.
 INCIDENTAL = {"out", "workers", "device", "compile", "resume", "overwrite", "save_every", "skip_broken"}
+# A resumed run may move to other machines.
+ADJUSTABLE = {"accumulate", "data_path"}
 
 
 class Parser(argparse.ArgumentParser):
@@ -415,7 +417,7 @@ def evaluate(
         for buffer in network.buffers():  # BatchNorm's statistics differ by process: the first one's are kept
             dist.broadcast(buffer, 0)
     batch = max(1, min(256, settings["batch_size"]))
-    correct = torch.zeros(3, device=place.device)
+    counts = torch.zeros(4, device=place.device)  # right by each head, and all
     batches = eval_batches(
         data,
         settings["img_size"],
@@ -430,10 +432,22 @@ def evaluate(
             outputs = network(normalize(images))
         pair = (outputs, outputs) if isinstance(outputs, Tensor) else outputs
         for head, scores in enumerate((*pair, fuse(outputs))):
-            correct[head] += (scores.argmax(dim=1) == labels).sum()
-    shares = (100 * total(correct, place) / len(data)).tolist()
+            counts[head] += (scores.argmax(dim=1) == labels).sum()
+        counts[3] += len(labels)
+    counts = total(counts, place)
+    if counts[3] == 0:
+        raise UsageError("none of the validation images can be read")
+    shares = (100 * counts[:3] / counts[3]).tolist()
     names = ("class", "distillation", "fused") if getattr(network, "distilled", False) else ("class",)
     return dict(zip(names, shares, strict=False))
+
+
+def count_broken(data: list[ArraySet | FolderSet], place: Place) -> int:
+    """How many image files have been left out so far, by any process."""
+    found = [set().union(*(part.broken for part in data))] * place.world
+    if place.world > 1:
+        dist.all_gather_object(found, found[0])
+    return len(set().union(*found))
 
 
 def headline(accuracy: dict[str, float]) -> str:
@@ -513,13 +527,14 @@ def restore(settings: dict, given: dict) -> tuple[dict, dict]:
         return settings, {}
     checkpoint = newest(out)
     saved = {name: value for name, value in checkpoint["settings"].items() if name != "classes"}
-    for name in sorted(given.keys() & saved.keys() - INCIDENTAL):
+    for name in sorted(given.keys() & saved.keys() - INCIDENTAL - ADJUSTABLE):
         if given[name] != saved[name]:
             raise UsageError(
                 f"the run in {out} has --{name.replace('_', '-')} {saved[name]}, not {given[name]}; "
                 "resume it with its own settings"
             )
-    return saved | {name: settings[name] for name in INCIDENTAL}, checkpoint
+    adjusted = {name: given[name] for name in ADJUSTABLE & given.keys()}
+    return saved | adjusted | {name: settings[name] for name in INCIDENTAL}, checkpoint
 
 
 def prepare_directory(out: Path) -> None:
@@ -810,6 +825,9 @@ def train(
                     run.end_epoch(accuracy)
                     best = max((chief(record["accuracy"]) for record in run.log[:-1]), default=-1)
                     run.save(best=chief(accuracy) > best)
+                    left_out = count_broken(data, place)
+                    if left_out:
+                        progress.line(f"{left_out} image files cannot be read so far and are left out")
                     progress.line(
                         f"epoch {epoch}/{settings['epochs']}  loss {run.log[-1]['loss']:.3f}  "
                         f"val {headline(accuracy)}"
@@ -952,7 +970,8 @@ def begin(settings: dict) -> tuple[Place, list[ArraySet | FolderSet]]:
     place = join(settings["device"])
     check(settings, place)
     source = [settings[name] for name in ("data", "data_path", "img_size")]
-    data = first_alone(place, lambda: load_data(*source, place.device))
+    source += [place.device, ("train", "val"), settings["skip_broken"]]
+    data = first_alone(place, lambda: load_data(*source))
     describe(settings, data, place)
     return place, data
 
