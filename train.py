@@ -27,6 +27,7 @@ from typing import NamedTuple
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.rendezvous import rendezvous
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
@@ -253,8 +254,15 @@ def join(device: str) -> Place:
         device = f"cuda:{local}"
     if world > 1:
         on_gpu = device.startswith("cuda")
+        store, _, _ = next(rendezvous("env://"))
+        if os.environ.get("LOCAL_WORLD_SIZE") == str(world):
+            # After torchrun --max-restarts the store of one machine still has the addresses of the dead.
+            store = dist.PrefixStore(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), store)
         dist.init_process_group(
             "nccl" if on_gpu else "gloo",
+            store=store,
+            rank=rank,
+            world_size=world,
             timeout=timedelta(hours=1),  # the first process may download or decode that long
             device_id=torch.device(device) if on_gpu else None,
         )
