@@ -9,6 +9,7 @@ teaches the class token and the teacher teaches the distillation token.
 
 import math
 import re
+import urllib.error
 import zipfile
 from pathlib import Path
 
@@ -135,6 +136,11 @@ def read_checkpoint(source: str | Path) -> dict:
             contents = torch.load(source, map_location="cpu", weights_only=True)
     except FileNotFoundError:
         raise UsageError(f"there is no file {source}") from None
+    except urllib.error.URLError as error:
+        reason = getattr(error, "reason", error)
+        raise UsageError(
+            f"could not download {source}: {reason}; check the address and the network"
+        ) from None
     except Exception as error:  # a damaged file can make the reader raise anything
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise UsageError(f"{source} is not a checkpoint that can be read safely: {reason}") from error
