@@ -4,12 +4,14 @@ Each compares with something independent of the code: Pillow, torch's own operat
 finite differences, a second way of computing.
 """
 
+import ast
 import json
 import math
 import multiprocessing
 import os
 import re
 import resource
+import shlex
 import shutil
 import signal
 import subprocess
@@ -24,6 +26,7 @@ import torch.nn.functional as F
 import torchvision
 from PIL import Image, ImageEnhance, ImageFilter, ImageOps
 from torch import nn
+from torch.distributed.run import get_args_parser as torchrun_parser
 
 import augment
 import data
@@ -2354,23 +2357,91 @@ def test_the_contact_sheet_shows_every_operation(tmp_path, monkeypatch):
     assert len({row.tobytes() for row in rows}) == 15
 
 
-# ---- README.md ----
+# ---- README.md and results/ ----
+
+PAGES = [Path("README.md"), *sorted(Path("results").glob("*.md"))]
+PROGRAMS = ("train.py", "finetune.py", "evaluate.py")
 
 
-def test_every_flag_and_file_that_the_readme_names_exists():
-    text = Path("README.md").read_text()
-    known = {
-        "--nproc_per_node",
-        "--nnodes",
-        "--node_rank",
-        "--rdzv_endpoint",
-        "--master_addr",
-        "--standalone",
-    }
-    known |= {flag for action in train.build_parser("", "")._actions for flag in action.option_strings}
-    known |= {"--checkpoint"} | set(re.findall(r'"(--[a-z-]+)"', Path("evaluate.py").read_text()))
-    named = set(re.findall(r"(?<![\w-])--[a-z][a-z_-]+", text))
-    assert named
-    assert named <= known, named - known
-    for path in re.findall(r"\]\(([^)#:]+)\)", text) + re.findall(r"\b(\w+\.py)\b", text):
-        assert os.path.exists(path), path
+def parser_of(script: str):
+    return train.build_parser(script, "") if script == "train.py" else finetune.finetune_parser()
+
+
+def flags_of(script: str) -> set[str]:
+    """Every flag that a program reads."""
+    if script == "evaluate.py":  # a parser for each word
+        return {"--help", *re.findall(r'"(--[a-z][a-z-]+)"', Path(script).read_text())}
+    return {flag for action in parser_of(script)._actions for flag in action.option_strings}
+
+
+def commands() -> list[tuple[str, list[str], list[str]]]:
+    """The commands on the pages: (program, the words before it, the words after it)."""
+    found = []
+    for page in PAGES:
+        text = re.sub(r"\$\w+", "1", page.read_text().replace("\\\n", " "))  # a shell variable
+        for block, inline in re.findall(r"^```\w*\n(.*?)^```|`([^`\n]+)`", text, re.MULTILINE | re.DOTALL):
+            lines = [line for line in (block or inline).splitlines() if ".py" in line]
+            for words in (shlex.split(line, comments=True) for line in lines):
+                places = [n for n, word in enumerate(words) if word in PROGRAMS and len(words) > 1]
+                found += [(words[n], words[:n], words[n + 1 :]) for n in places]
+    return found
+
+
+def test_the_readmes_commands_are_ones_that_the_programs_take():
+    launcher = {flag for action in torchrun_parser()._actions for flag in action.option_strings}
+    assert {script for script, _, _ in commands()} == set(PROGRAMS)
+    for script, before, after in commands():
+        given = {word for word in after if word.startswith("--")}
+        assert given <= flags_of(script), (script, given - flags_of(script))
+        assert {word for word in before if word.startswith("--")} <= launcher, before
+        if script != "evaluate.py" and "--help" not in after:
+            parser_of(script).parse_args(after)
+        if script == "evaluate.py" and after:
+            assert callable(getattr(measure, after[0], None)), after[0]
+
+
+def test_every_flag_file_and_test_that_the_readme_names_exists():
+    slurm = "--nodes --ntasks-per-node --gpus-per-node --cpus-per-task --time --requeue"
+    known = set(slurm.split())
+    known |= {flag for action in torchrun_parser()._actions for flag in action.option_strings}
+    known |= set().union(*(flags_of(script) for script in PROGRAMS))
+    for page in PAGES:
+        text = page.read_text()
+        named = set(re.findall(r"(?<![\w-])--[a-z][a-z_-]+", text))
+        assert named <= known, (page, named - known)
+        for path in re.findall(r"\]\(([^)#:]+)(?:#L\d+)?\)", text):
+            assert (page.parent / path).exists(), (page, path)
+        for path in re.findall(r"\b(\w+\.py)\b", text):
+            assert os.path.exists(path), (page, path)
+        for name in re.findall(r"\btest_(?!all\b)\w+", text):
+            assert name in globals(), (page, name)
+        for anchor in re.findall(r"\]\(#([\w-]+)\)", text):
+            headings = re.findall(r"^#+ (.+)$", text, re.MULTILINE)
+            assert anchor in {re.sub(r"[^\w -]", "", h).lower().replace(" ", "-") for h in headings}, anchor
+
+
+def definitions(path: str) -> dict[str, int]:
+    """The line of each class, function, method (as Class.method) and constant of a file."""
+    lines = {}
+    for node in ast.parse(Path(path).read_text()).body:
+        if isinstance(node, (ast.Assign, ast.AnnAssign)):
+            targets = node.targets if isinstance(node, ast.Assign) else [node.target]
+            lines |= {target.id: node.lineno for target in targets if isinstance(target, ast.Name)}
+        elif isinstance(node, (ast.FunctionDef, ast.ClassDef)):
+            lines[node.name] = node.lineno
+            inner = node.body if isinstance(node, ast.ClassDef) else []
+            lines |= {f"{node.name}.{n.name}": n.lineno for n in inner if isinstance(n, ast.FunctionDef)}
+    return lines
+
+
+def test_every_line_link_of_the_readme_points_at_the_definition_it_names():
+    for page in PAGES:
+        links = re.findall(r"\[`([\w.]+)`\]\((\w+\.py)#L(\d+)\)", page.read_text())
+        assert len(links) == len(re.findall(r"\.py#", page.read_text())), f"{page}: a link names nothing"
+        right = [(name, path, definitions(path).get(name)) for name, path, _ in links]
+        stale = [
+            f"[`{name}`]({path}#L{line}) should be #L{now}" if now else f"{path} defines no {name}"
+            for (name, path, now), (_, _, line) in zip(right, links, strict=True)
+            if str(now) != line
+        ]
+        assert not stale, "\n".join((f"{page}:", *stale))
