@@ -1482,6 +1482,124 @@ def test_folders_that_make_no_data_set_are_refused(tmp_path):
         load_data("folder", str(tmp_path / "b"), 8, CPU)
 
 
+@pytest.fixture
+def matlab(tmp_path, monkeypatch):
+    """A stand-in for scipy, which the tests do without: it reads the .mat files that `matlab` writes.
+
+    They hold what scipy finds in the true ones: arrays by name, a structure as an array of records.
+    """
+    (tmp_path / "scipy").mkdir()
+    (tmp_path / "scipy/__init__.py").touch()
+    loader = "import numpy\ndef loadmat(path, squeeze_me):\n    return numpy.load(path, allow_pickle=True)\n"
+    (tmp_path / "scipy/io.py").write_text(loader)
+    monkeypatch.syspath_prepend(tmp_path)
+
+    def write(path, **arrays):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with open(path, "wb") as file:
+            np.savez(file, **arrays)
+
+    yield write
+    for name in ("scipy.io", "scipy"):
+        sys.modules.pop(name, None)
+
+
+def write_picture(path):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.new("RGB", (20, 20)).save(path)
+
+
+def names_of(data):
+    return [
+        (Path(path).name, data.classes[label]) for path, label in zip(data.paths, data.labels, strict=True)
+    ]
+
+
+def test_flowers_train_on_the_train_and_val_splits_and_are_tested_on_the_test_split(
+    tmp_path, monkeypatch, matlab
+):
+    base = tmp_path / "flowers-102"
+    for n in range(1, 8):
+        write_picture(base / f"jpg/image_{n:05d}.jpg")
+    matlab(base / "imagelabels.mat", labels=np.array([1, 102, 3, 1, 2, 2, 3], dtype=np.uint8))
+    splits = {"trnid": [4, 2], "valid": [7], "tstid": [1, 3, 5, 6]}
+    matlab(base / "setid.mat", **{name: np.array(ids, dtype=np.uint16) for name, ids in splits.items()})
+    with monkeypatch.context() as patch:  # torchvision knows the true files' MD5
+        patch.setattr(
+            "torchvision.datasets.flowers102.check_integrity", lambda path, md5: path.endswith(".mat")
+        )
+        train_set, val_set = load_data("flowers102", str(tmp_path), 8, CPU)
+    assert len(train_set.classes) == 102
+    first, second, third, last = (train_set.classes[n] for n in (0, 1, 2, 101))
+    assert names_of(train_set) == [
+        ("image_00004.jpg", first), ("image_00002.jpg", last), ("image_00007.jpg", third)
+    ]  # fmt: skip
+    assert [name for _, name in names_of(val_set)] == [first, third, second, second]
+    images, labels = collect(val_set, 0, 1, batch=4, size=8)[0]
+    assert (images.shape, sorted(labels.tolist())) == ((4, 3, 8, 8), [0, 1, 1, 2])
+
+
+def test_cars_are_read_from_the_files_that_one_has(tmp_path, matlab):
+    base, records = tmp_path / "stanford_cars", [("fname", "O"), ("class", "u1")]
+    with pytest.raises(
+        UsageError, match="no .*/stanford_cars/cars_train; .* put cars_train, cars_test, devkit"
+    ):
+        load_data("cars", str(tmp_path), 8, CPU)
+    for split, count in (("train", 3), ("test", 2)):
+        for n in range(1, count + 1):
+            write_picture(base / f"cars_{split}/{n:05d}.jpg")
+    matlab(base / "devkit/cars_meta.mat", class_names=np.array(["AM General Hummer", "Acura RL"], dtype="O"))
+    annotations = np.array([("00002.jpg", 2), ("00003.jpg", 1), ("00001.jpg", 1)], dtype=records)
+    matlab(base / "devkit/cars_train_annos.mat", annotations=annotations)
+    with pytest.raises(UsageError, match="no .*/stanford_cars/cars_test_annos_withlabels.mat"):
+        load_data("cars", str(tmp_path), 8, CPU)
+    annotations = np.array([("00001.jpg", 2), ("00002.jpg", 1)], dtype=records)
+    matlab(base / "cars_test_annos_withlabels.mat", annotations=annotations)
+    train_set, val_set = load_data("cars", str(tmp_path), 8, CPU)
+    hummer, acura = "AM General Hummer", "Acura RL"
+    assert names_of(train_set) == [("00002.jpg", acura), ("00003.jpg", hummer), ("00001.jpg", hummer)]
+    assert names_of(val_set) == [("00001.jpg", acura), ("00002.jpg", hummer)]
+    assert read_image(val_set.paths[0]).size == (20, 20)
+    (base / "devkit/cars_meta.mat").write_bytes(b"damaged")
+    with pytest.raises(UsageError, match="the labels in .*stanford_cars cannot be read"):
+        load_data("cars", str(tmp_path), 8, CPU)
+
+
+@pytest.mark.parametrize("name", ["flowers102", "cars"])
+def test_labels_in_matlab_files_ask_for_scipy_before_anything_is_downloaded(tmp_path, monkeypatch, name):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(UsageError, match=f"the labels of {name} are MATLAB files.*: pip install scipy"):
+        load_data(name, str(tmp_path), 8, CPU)
+
+
+@pytest.mark.parametrize("year", ["2018", "2019"])
+def test_inaturalist_is_split_by_the_competitions_lists(tmp_path, year):
+    def load():
+        return load_data(f"inat{year}", str(tmp_path), 8, CPU)
+
+    with pytest.raises(UsageError, match=f"no folder .*/{year}; .*INaturalist.*'{year}', download=True"):
+        load()
+    pictures = {"train": ["Aves/1/a.jpg", "Plantae/0/b.jpg", "Aves/2/c.jpg"], "val": ["Aves/2/d.jpg"]}
+    for name in sum(pictures.values(), []):
+        write_picture(tmp_path / year / name)  # torchvision renames train_val2018 so
+    for split, names in pictures.items():
+        with pytest.raises(
+            UsageError, match=f"no .*/{split}{year}.json, which tells the split; unpack .*tar.gz"
+        ):
+            load()
+        images = [{"id": n, "file_name": f"train_val{year}/{name}"} for n, name in enumerate(names)]
+        (tmp_path / f"{split}{year}.json").write_text(json.dumps({"images": images}))
+    train_set, val_set = load()
+    assert train_set.classes == val_set.classes == ["Plantae/0", "Aves/1", "Aves/2"]  # by their numbers
+    assert names_of(train_set) == [("a.jpg", "Aves/1"), ("b.jpg", "Plantae/0"), ("c.jpg", "Aves/2")]
+    assert names_of(val_set) == [("d.jpg", "Aves/2")]
+    assert read_image(val_set.paths[0]).size == (20, 20)
+    for damage in ("{", '{"images": [{"file_name": "x/Fungi/9/e.jpg"}]}', "[]"):
+        (tmp_path / f"val{year}.json").write_text(damage)
+        with pytest.raises(UsageError, match=f"{year} and .*val{year}.json do not go together"):
+            load()
+
+
 # ---- train.py ----
 
 QUICK = {"img_size": 16, "patch_size": 8, "epochs": 3, "batch_size": 16, "lr": 3e-3, "device": "cpu"}

@@ -133,11 +133,16 @@ PAPER = {name: default for group in SETTINGS.values() for name, (default, _, _) 
 
 # What each data set changes: its recipe.
 SMALL = dict(teacher="regnet_y_200mf", teacher_epochs=30, repeats=1)
+PICTURES = dict(SMALL, epochs=100, batch_size=64, lr=1e-3)
 RECIPES = {
     "imagenet": dict(teacher_weights="published"),
     "cifar10": dict(SMALL, img_size=32, patch_size=4, epochs=100, batch_size=256, lr=1e-3),
     "cifar100": dict(SMALL, img_size=32, patch_size=4, epochs=100, batch_size=256, lr=1e-3),
-    "folder": dict(SMALL, epochs=100, batch_size=64, lr=1e-3),
+    "folder": PICTURES,
+    "flowers102": PICTURES,
+    "cars": PICTURES,
+    "inat2018": {},  # of ImageNet's scale; its teacher is trained too
+    "inat2019": {},
     "shapes": dict(SMALL, img_size=32, patch_size=8, epochs=8, batch_size=64, lr=4e-3, warmup_epochs=0.5,
                    drop_path=0.0, teacher_epochs=4),
 }  # fmt: skip
