@@ -1963,7 +1963,7 @@ def test_fine_tuning_starts_from_the_runs_weights_at_the_new_size(tmp_path, monk
         torch.testing.assert_close(after[key], value, rtol=0, atol=1e-4)
     printed = capsys.readouterr().out
     assert "before, at 16 pixels: class" in printed
-    assert "resized to 24 pixels (pos_embed): class" in printed
+    assert "position embeddings are resized\nat the start, at 24 pixels: class" in printed
 
 
 @pytest.mark.parametrize("teacher", ["resnet18", "tiny"])
