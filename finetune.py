@@ -123,6 +123,8 @@ def finetune_settings(given: dict, saved: dict) -> tuple[dict, bool]:
         recipe = recipe | {"epochs": 2}
     if given.get("optimizer", recipe["optimizer"]) != recipe["optimizer"]:
         recipe = recipe | OPTIMIZERS[given["optimizer"]]
+    if "epochs" in given:  # the recipe's warm-up is for its own epochs
+        recipe = {name: value for name, value in recipe.items() if name != "warmup_epochs"}
 
     start = {name: saved[name] for name in KEPT + (KEPT_ON_SAME_DATA if same else ()) if name in saved}
     start |= {

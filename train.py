@@ -186,11 +186,12 @@ def build_parser(prog: str, description: str, shown: dict = PAPER, note: str = N
 def complete(given: dict, recipe: dict | None = None) -> dict:
     """All settings of a run: the flags given, over `recipe`, over the data set's, over the paper's."""
     data = given.get("data", PAPER["data"])
-    settings = PAPER | RECIPES[data] | (recipe or {})
+    recipe = recipe or {}
+    settings = PAPER | RECIPES[data] | recipe
     if given.get("model", settings["model"]) not in SIZES:
         settings |= CONVNET | CONVNET_RECIPES.get(data, {}) | {"epochs": settings["teacher_epochs"]}
     settings |= given
-    if "warmup_epochs" not in given:  # a short run cannot spend the paper's 5 of 300 epochs on it
+    if "warmup_epochs" not in given | recipe:  # a short run cannot spend the paper's 5 of 300 epochs on it
         settings["warmup_epochs"] = min(settings["warmup_epochs"], settings["epochs"] / 10)
     if not settings["out"]:
         settings["out"] = f"runs/{settings['data']}-{settings['model']}-{settings['distill']}"
