@@ -727,7 +727,9 @@ def train_teacher(
         say(place, f"teacher: {last}, trained earlier, {chief(log[-1]['accuracy']):.2f} % top-1")
         return str(last)
     say(
-        place, f"teacher: training a {own['model']} first, {own['epochs']} epochs; it is kept in {own['out']}"
+        place,
+        f"teacher: {'fine-tuning' if start else 'training'} a {own['model']} first, {own['epochs']} epochs; "
+        f"it is kept in {own['out']}",
     )
 
     def begin_with(network: nn.Module) -> None:
