@@ -2147,7 +2147,13 @@ def test_an_official_file_transfers_to_a_folder_of_pictures(tmp_path, monkeypatc
     printed = capsys.readouterr().out
     assert "official.pth: new heads for 2 classes\n" in printed
     assert "before" not in printed  # its heads say nothing of these classes
-    # and goes on from there, at another resolution, with its classes
+    # and goes on from there: to as many other classes, or at another resolution with its own
+    write_folder(tmp_path / "pets", [(50, 40), (30, 60)], ("cat", "dog"))
+    words |= {"checkpoint": tmp_path / "run/last.pth", "data_path": tmp_path / "pets", "device": "cpu"}
+    assert run_finetune(monkeypatch, *flags(words | {"out": tmp_path / "other"})) == 0
+    assert "run/last.pth: new heads for 2 classes\n" in capsys.readouterr().out
+    again = read_checkpoint(tmp_path / "other/last.pth")["settings"]
+    assert [again[name] for name in names] == [["cat", "dog"], 32, distill, "tiny", 16]
     words = {"checkpoint": tmp_path / "run/last.pth", "epochs": 1, "batch_size": 4, "workers": 0}
     assert run_finetune(monkeypatch, *flags(words | {"device": "cpu", "out": tmp_path / "higher"})) == 0
     assert "before, at 32 pixels: class" in capsys.readouterr().out
