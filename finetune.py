@@ -17,18 +17,20 @@ keep the distillation signal; it costs the teacher's training.
 """
 
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from data import load_data
+from data import ArraySet, FolderSet, load_data
 from distill import checkpoint_settings, create_teacher, read_checkpoint
 from model import OFFICIAL, SIZES, DeiT, UsageError, load_weights
 from train import (
     PAPER,
     TRAINED,
     Parser,
+    Place,
     add_flag,
     begin,
     build_parser,
@@ -72,19 +74,14 @@ SHOWN |= {
 
 def finetune_parser() -> Parser:
     """The flags of train.py with fine-tuning's own defaults, and three more."""
-    higher, transfer = (
-        ", ".join(f"{name} {value}" for name, value in recipe.items()) for recipe in (HIGHER, TRANSFER)
-    )
+    listed = [", ".join(f"{name} {value}" for name, value in recipe.items()) for recipe in (HIGHER, TRANSFER)]
     note = (
-        "The value in [brackets] is that of --recipe short. --recipe paper is, on the checkpoint's own data: "
+        "The value in [brackets] is that of --recipe short. --recipe paper is, on the checkpoint's own data, "
     )
-    note += f"{higher}; on other data: {transfer}."
+    note += "; on other data, ".join(listed)
     parser = build_parser("finetune.py", __doc__.splitlines()[0], SHOWN, note)
     group = parser.add_argument_group("fine-tuning")
-    text = (
-        "what to start from: a checkpoint of train.py or finetune.py, a file of the authors', its URL or its "
-    )
-    text += f"short name: {', '.join(OFFICIAL)}"
+    text = f"what to start from: a file of ours or the authors', a URL, or one of {', '.join(OFFICIAL)}"
     add_flag(group, "checkpoint", "the newest run of train.py below runs/", str, text)
     text = "short: some epochs of AdamW; paper: the authors' settings, below"
     add_flag(group, "recipe", "paper on ImageNet's own classes, else short", ("short", "paper"), text)
@@ -98,14 +95,22 @@ def last_run() -> str:
     found = sorted(Path("runs").glob("*/last.pth"), key=lambda path: path.stat().st_mtime, reverse=True)
     for path in found:
         settings = read_checkpoint(path)["settings"]
-        own = (
-            not path.parent.name.startswith("teacher-") and "checkpoint" not in settings
-        )  # of fine-tuned runs
-        if own and settings["model"] in SIZES:
+        tuned, teacher = "checkpoint" in settings, path.parent.name.startswith("teacher-")
+        if settings["model"] in SIZES and not tuned and not teacher:
             return str(path)
     raise UsageError(
         "no run below runs/ to start from; make one with: torchrun train.py --model tiny --distill hard"
     )
+
+
+def on_own_data(given: dict, saved: dict) -> bool:
+    """Whether the data is what the checkpoint was trained on; a folder is told by its path."""
+    if given.get("data", saved["data"]) != saved["data"]:
+        return False
+    paths = {
+        Path(path).resolve() for path in (given.get("data_path", saved["data_path"]), saved["data_path"])
+    }
+    return saved["data"] != "folder" or len(paths) == 1
 
 
 def finetune_settings(given: dict, saved: dict) -> tuple[dict, bool]:
@@ -113,10 +118,8 @@ def finetune_settings(given: dict, saved: dict) -> tuple[dict, bool]:
 
     They are the flags given, over the recipe, over what `checkpoint_settings` says of the run it starts from.
     """
-    data, own_path = given.get("data", saved["data"]), saved["data_path"]
-    path = given.get("data_path", own_path if data == saved["data"] else PAPER["data_path"])
-    same = data == saved["data"] and (data != "folder" or Path(path).resolve() == Path(own_path).resolve())
-
+    data, same = given.get("data", saved["data"]), on_own_data(given, saved)
+    path = given.get("data_path", (saved if data == saved["data"] else PAPER)["data_path"])
     word = given.get("recipe", "paper" if same and data == "imagenet" else "short")
     recipe = SHORT if word == "short" else HIGHER if same else TRANSFER
     if data == "shapes" and word == "short":
@@ -127,18 +130,13 @@ def finetune_settings(given: dict, saved: dict) -> tuple[dict, bool]:
         recipe = {name: value for name, value in recipe.items() if name != "warmup_epochs"}
 
     start = {name: saved[name] for name in KEPT + (KEPT_ON_SAME_DATA if same else ()) if name in saved}
-    start |= {
-        "checkpoint": given["checkpoint"],
-        "recipe": word,
-        "train": "all",
-        "img_size": saved["img_size"],
-    }
+    start |= {"checkpoint": given["checkpoint"], "recipe": word, "train": "all"}
     if same:
         start["img_size"] = saved["img_size"] * 3 // 2 // saved["patch_size"] * saved["patch_size"]
         start["no_distill_token"] &= "distill" not in given
     else:
         second = saved["distill"] != "none" and not saved["no_distill_token"]
-        start["distill"] = "label" if second else "none"
+        start |= {"img_size": saved["img_size"], "distill": "label" if second else "none"}
     settings = complete(given | {"data": data, "data_path": path}, start | recipe)
     for name in ("model", "patch_size"):
         if settings[name] != saved[name]:
@@ -186,13 +184,42 @@ def adapt(state: dict[str, Tensor], network: DeiT, keep_heads: bool) -> list[str
     return done
 
 
+def starting(
+    original: DeiT, saved: dict, settings: dict, data: list[ArraySet | FolderSet], place: Place
+) -> Callable[[DeiT], None]:
+    """Measures the network to start from, and returns the function that gives its weights to a new one."""
+    source, size, classes = settings["checkpoint"], saved["img_size"], data[0].classes
+    same = on_own_data(settings, saved)
+    keep_heads = classes == saved["classes"]
+    if saved["classes"] is None:  # the authors' files do not name them, but ImageNet's have one order
+        keep_heads = same and len(classes) == saved["num_classes"]
+    if not keep_heads and same and settings["recipe"] == "paper":
+        raise UsageError(
+            f"{source} knows other classes than {settings['data_path']}, and --recipe paper at a higher "
+            "resolution is too gentle for new heads; use --data folder or --recipe short"
+        )
+    if keep_heads:
+        val_set = load_data(settings["data"], settings["data_path"], size, place.device, ("val",))[0]
+        before = evaluate(original, val_set, settings | {"img_size": size}, place)
+        say(place, f"before, at {size} pixels: {headline(before)}")
+
+    def start_from(network: DeiT) -> None:
+        done = adapt(original.state_dict(), network, keep_heads)
+        say(place, f"{source}: {'; '.join(done) or 'taken as it is'}")
+        if keep_heads:
+            resized = evaluate(network, data[1], settings, place)
+            say(place, f"at the start, at {settings['img_size']} pixels: {headline(resized)}")
+
+    return start_from
+
+
 def main() -> None:
     started = time.monotonic()
     given = vars(finetune_parser().parse_args())
     place = join(given.get("device", "auto"))
-    settings, checkpoint, lower, start_from = {}, {}, False, None
+    settings, checkpoint, lower = PAPER | given, {}, False
     if given.get("resume") and given.get("out"):  # a run knows how to go on
-        settings, checkpoint = restore(PAPER | given, given)
+        settings, checkpoint = restore(settings, given)
         if checkpoint and "checkpoint" not in settings:
             raise UsageError(f"{given['out']} is a run of train.py; continue it with train.py --resume")
     if not checkpoint:
@@ -204,40 +231,14 @@ def main() -> None:
         settings, checkpoint = restore(settings, given)
         original = create_teacher(saved["model"], saved["num_classes"], source).to(place.device)
     data = begin(settings, place)
-
-    if not checkpoint:
-        classes, size = data[0].classes, {"img_size": saved["img_size"]}
-        # The authors' files do not name their classes; ImageNet's have one order.
-        same_imagenet = saved["data"] == settings["data"] == "imagenet" and saved["num_classes"] == len(
-            classes
-        )
-        keep_heads = same_imagenet if saved["classes"] is None else classes == saved["classes"]
-        if keep_heads:
-            names = (settings["data"], settings["data_path"])
-            val_set = load_data(*names, saved["img_size"], place.device, ("val",))[0]
-            before = evaluate(original, val_set, settings | size, place)
-            say(place, f"before, at {saved['img_size']} pixels: {headline(before)}")
-        elif settings["recipe"] == "paper" and settings["data"] == saved["data"]:
-            raise UsageError(
-                f"{source} knows other classes than {settings['data_path']}, and --recipe paper at a higher "
-                "resolution is too gentle for new heads; use --data folder or --recipe short"
-            )
-
-        def start_from(network: DeiT) -> None:
-            done = adapt(original.state_dict(), network, keep_heads)
-            text = f"{source}: {'; '.join(done) or 'taken as it is'}"
-            if keep_heads:
-                resized = evaluate(network, data[1], settings, place)
-                text += f"\nat the start, at {settings['img_size']} pixels: {headline(resized)}"
-            say(place, text)
+    start_from = None if checkpoint else starting(original, saved, settings, data, place)
 
     teacher = None
     if settings["distill"] in ("soft", "hard"):
         if not checkpoint and (lower or not settings["teacher_weights"]):
-            low, recipe = settings["teacher_weights"], None
-            if low:
-                rate = 0.1 if settings["teacher"] not in SIZES else SHORT["lr"]
-                recipe = dict(lr=rate, warmup_epochs=0.0, drop_path=0.0)
+            rate = SHORT["lr"] if settings["teacher"] in SIZES else 0.1
+            recipe = dict(lr=rate, warmup_epochs=0.0, drop_path=0.0) if lower else None
+            low = settings["teacher_weights"]
             settings["teacher_weights"] = train_teacher(settings, data, place, recipe, low)
         teacher = load_teacher(settings, data, place)
     accuracy = train(settings, data, teacher, place, checkpoint, start_from)

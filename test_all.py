@@ -2150,7 +2150,8 @@ def test_an_official_file_transfers_to_a_folder_of_pictures(tmp_path, monkeypatc
     # and goes on from there: to as many other classes, or at another resolution with its own
     write_folder(tmp_path / "pets", [(50, 40), (30, 60)], ("cat", "dog"))
     words |= {"checkpoint": tmp_path / "run/last.pth", "data_path": tmp_path / "pets", "device": "cpu"}
-    assert run_finetune(monkeypatch, *flags(words | {"out": tmp_path / "other"})) == 0
+    words |= {"recipe": "paper", "out": tmp_path / "other"}  # that of transfer, since the folder is another
+    assert run_finetune(monkeypatch, *flags(words)) == 0
     assert "run/last.pth: new heads for 2 classes\n" in capsys.readouterr().out
     again = read_checkpoint(tmp_path / "other/last.pth")["settings"]
     assert [again[name] for name in names] == [["cat", "dog"], 32, distill, "tiny", 16]
