@@ -94,9 +94,9 @@ def last_run() -> str:
     """The newest run of train.py below runs/ that trained a transformer."""
     found = sorted(Path("runs").glob("*/last.pth"), key=lambda path: path.stat().st_mtime, reverse=True)
     for path in found:
-        settings = read_checkpoint(path)["settings"]
+        settings = checkpoint_settings(read_checkpoint(path))
         tuned, teacher = "checkpoint" in settings, path.parent.name.startswith("teacher-")
-        if settings["model"] in SIZES and not tuned and not teacher:
+        if settings.get("model") in SIZES and not tuned and not teacher:
             return str(path)
     raise UsageError(
         "no run below runs/ to start from; make one with: torchrun train.py --model tiny --distill hard"
