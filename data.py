@@ -7,10 +7,13 @@ batches of images uint8 (B, 3, S, S) and labels int64 (B,).
     python data.py shapes.png       draws a sheet of the `shapes` data set
 """
 
+import importlib.util
+import json
 import random
 import signal
 import sys
 from collections.abc import Iterable, Iterator
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -148,17 +151,88 @@ def draw_shapes(split: str, count: int, size: int, device: torch.device) -> Arra
     return ArraySet(images.contiguous().to(device), labels.to(device), list(SHAPES))
 
 
-def download(kind: type, root: Path, train: bool, device: torch.device) -> ArraySet:
-    """CIFAR-10 or CIFAR-100 through torchvision, downloaded to `root` where it is not there yet."""
+def download(kind: type, root: Path, **which) -> Dataset:
+    """A data set through torchvision, downloaded to `root` where it is not there yet."""
     try:
-        found = kind(root, train=train, download=True)
+        return kind(root, download=True, **which)
     except (OSError, RuntimeError) as error:
         raise UsageError(
             f"could not get {kind.__name__} into {root}: {error}; check the network, or name "
             "the folder that has it with --data-path"
         ) from error
+
+
+def open_cifar(kind: type, root: Path, split: str, device: torch.device) -> ArraySet:
+    """CIFAR-10 or CIFAR-100."""
+    found = download(kind, root, train=split == "train")
     images = torch.from_numpy(found.data).permute(0, 3, 1, 2).contiguous()
     return ArraySet(images.to(device), torch.tensor(found.targets, device=device), found.classes)
+
+
+def need_scipy(name: str) -> None:
+    """Raises UsageError unless scipy, which reads the labels of two data sets alone, is installed."""
+    if importlib.util.find_spec("scipy") is None:
+        raise UsageError(f"the labels of {name} are MATLAB files, read by scipy: pip install scipy")
+
+
+def open_flowers(root: Path, split: str) -> FolderSet:
+    """Oxford Flowers-102. Table 8 trains on its train and val splits together, and tests on its test."""
+    need_scipy("flowers102")
+    kind = torchvision.datasets.Flowers102
+    splits = ("train", "val") if split == "train" else ("test",)
+    parts = [download(kind, root, split=part) for part in splits]
+    classes = getattr(kind, "classes", [f"flower {n}" for n in range(1, 103)])  # torchvision 0.22 names them
+    paths = [str(path) for part in parts for path in part._image_files]
+    return FolderSet(paths, [label for part in parts for label in part._labels], list(classes))
+
+
+CARS = ("cars_train", "cars_test", "devkit/cars_meta.mat", "devkit/cars_train_annos.mat",
+        "cars_test_annos_withlabels.mat")  # fmt: skip
+
+
+def open_cars(root: Path, split: str) -> FolderSet:
+    """Stanford Cars, which nobody offers for download any more: torchvision reads what one has of it."""
+    need_scipy("cars")
+    for name in CARS:
+        if not (root / "stanford_cars" / name).exists():
+            raise UsageError(
+                f"there is no {root}/stanford_cars/{name}; Stanford Cars cannot be downloaded any more: put "
+                f"{', '.join(CARS)} into {root}/stanford_cars, or name another parent with --data-path"
+            )
+    try:
+        found = torchvision.datasets.StanfordCars(root, "train" if split == "train" else "test")
+    except Exception as error:  # a damaged file can make scipy raise anything
+        raise UsageError(f"the labels in {root}/stanford_cars cannot be read: {error}") from error
+    paths, labels = zip(*found._samples, strict=True)
+    return FolderSet(list(paths), [int(label) for label in labels], [str(name) for name in found.classes])
+
+
+def open_inat(year: str, root: Path, split: str) -> FolderSet:
+    """iNaturalist 2018 or 2019: torchvision's tree of all pictures, cut by the competition's two lists.
+
+    A hundred gigabytes are not downloaded unasked. Classes are named as in the tree, SUPERCATEGORY/NUMBER.
+    """
+    lists, tree = root / f"{split}{year}.json", root / year
+    if not tree.is_dir():
+        raise UsageError(
+            f'there is no folder {tree}; download it once with: python -c "from torchvision.datasets import '
+            f"INaturalist; INaturalist('{root}', '{year}', download=True)\", or name another with --data-path"
+        )
+    if not lists.is_file():
+        raise UsageError(
+            f"there is no {lists}, which tells the split; unpack {lists.name}.tar.gz there, which is at "
+            f"https://ml-inat-competition-datasets.s3.amazonaws.com/{year}/{lists.name}.tar.gz"
+        )
+    try:
+        classes = torchvision.datasets.INaturalist(root, year).all_categories
+        labels = {name: label for label, name in enumerate(classes)}
+        # "train_val2018/Aves/2761/x.jpg": the tree is renamed by torchvision
+        names = [image["file_name"].split("/", 1)[1] for image in json.loads(lists.read_text())["images"]]
+        return FolderSet(
+            [str(tree / name) for name in names], [labels[name.rsplit("/", 1)[0]] for name in names], classes
+        )
+    except (OSError, RuntimeError, ValueError, LookupError, TypeError) as error:
+        raise UsageError(f"{tree} and {lists} do not go together: {type(error).__name__}: {error}") from error
 
 
 def read_image(path: str | Path) -> Image.Image:
@@ -219,7 +293,9 @@ def open_folder(
 
 
 SHAPES_COUNT = {"train": 8000, "val": 2000}
-DATA_NAMES = ("shapes", "cifar10", "cifar100", "imagenet", "folder")
+DATA_NAMES = (
+    "shapes", "cifar10", "cifar100", "flowers102", "cars", "inat2018", "inat2019", "imagenet", "folder"
+)  # fmt: skip
 
 
 def load_data(
@@ -233,13 +309,21 @@ def load_data(
     """The named splits of the data set called `name`, one of DATA_NAMES.
 
     `path` is where downloads go and, for `folder` and `imagenet`, the tree with train/CLASS/* and
-    val/CLASS/*. Raises UsageError for what is missing or does not fit together.
+    val/CLASS/*. What the paper tests on (Table 8) is `val`. Raises UsageError for what is missing or does
+    not fit together.
     """
     if name == "shapes":
         return [draw_shapes(split, SHAPES_COUNT[split], img_size, device) for split in splits]
     if name in ("cifar10", "cifar100"):
         kind = torchvision.datasets.CIFAR10 if name == "cifar10" else torchvision.datasets.CIFAR100
-        return [download(kind, Path(path), split == "train", device) for split in splits]
+        return [open_cifar(kind, Path(path), split, device) for split in splits]
+    if name in ("flowers102", "cars", "inat2018", "inat2019"):
+        year = name.removeprefix("inat")
+        opener = {"flowers102": open_flowers, "cars": open_cars}.get(name, partial(open_inat, year))
+        found = [opener(Path(path), split) for split in splits]
+        for part in found:
+            part.skip_broken = skip_broken
+        return found
     for split in splits:
         if not (Path(path) / split).is_dir():
             raise UsageError(

@@ -282,6 +282,42 @@ def test_resizing_position_embeddings_is_torchs_bicubic_and_spares_the_front_tok
     torch.testing.assert_close(model.pos_embed[0, 2:].reshape(24, 24, 192), expected)
 
 
+@pytest.mark.parametrize("distilled", [False, True])
+def test_weights_at_their_own_resolution_give_the_same_logits_to_the_last_bit(distilled):
+    settings = {"num_classes": 5, "img_size": 48, "patch_size": 8, "distilled": distilled}
+    model, other = create_model("tiny", **settings).eval(), create_model("tiny", **settings).eval()
+    assert load_weights(other, model.state_dict()) == []
+    images = torch.randn(2, 3, 48, 48)
+    assert torch.equal(fuse(model(images)), fuse(other(images)))
+
+
+def test_bicubic_keeps_the_norm_of_position_embeddings_where_bilinear_loses_it():
+    def lengths(grid, size):
+        """Mean norm after resizing by `load_weights` and by torch's bilinear, as shares of that before."""
+        state = official_state(192, 198, True)
+        state["pos_embed"] = torch.cat([state["pos_embed"][:, :2], grid.flatten(1).T[None]], dim=1)
+        model = create_model("tiny", img_size=size, distilled=True)
+        load_weights(model, state)
+        bilinear = F.interpolate(grid[None], size=(size // 16, size // 16), mode="bilinear")
+        before = grid.norm(dim=0).mean()
+        return (model.pos_embed[0, 2:].norm(dim=1).mean() / before).item(), (
+            bilinear.norm(dim=1).mean() / before
+        ).item()
+
+    generator = torch.Generator().manual_seed(0)
+    rows, columns = torch.meshgrid(torch.arange(14.0), torch.arange(14.0), indexing="ij")
+    for wavelength, lost in ((4, 0.15), (6, 0.07)):  # patches; smooth, as trained embeddings are
+        angle, phase = 2 * math.pi * torch.rand(2, 192, 1, 1, generator=generator)
+        smooth = torch.cos((columns * angle.cos() + rows * angle.sin()) * 2 * math.pi / wavelength + phase)
+        bicubic, bilinear = lengths(smooth, 384)
+        assert abs(bicubic - 1) < 0.03
+        assert bilinear < 1 - lost
+    # What neighbours do not share, neither keeps: of independent numbers, weights w leave sqrt(sum of w²).
+    bicubic, bilinear = lengths(torch.randn(192, 14, 14, generator=generator), 384)
+    assert bicubic == pytest.approx(0.86, abs=0.02)
+    assert bilinear == pytest.approx(0.68, abs=0.02)  # 2/3 in the limit: the mean of t² + (1 - t)², twice
+
+
 def test_weights_for_other_classes_leave_the_heads_and_misfits_name_key_and_shapes():
     model = create_model("tiny", num_classes=10, distilled=True)
     fresh = model.head.weight.clone()
@@ -1547,6 +1583,124 @@ def test_a_validation_set_may_lack_a_class_and_keeps_trains_labels(tmp_path, siz
         assert val_set.classes == ["ant", "bee", "cow"]
 
 
+@pytest.fixture
+def matlab(tmp_path, monkeypatch):
+    """A stand-in for scipy, which the tests do without: it reads the .mat files that `matlab` writes.
+
+    They hold what scipy finds in the true ones: arrays by name, a structure as an array of records.
+    """
+    (tmp_path / "scipy").mkdir()
+    (tmp_path / "scipy/__init__.py").touch()
+    loader = "import numpy\ndef loadmat(path, squeeze_me):\n    return numpy.load(path, allow_pickle=True)\n"
+    (tmp_path / "scipy/io.py").write_text(loader)
+    monkeypatch.syspath_prepend(tmp_path)
+
+    def write(path, **arrays):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with open(path, "wb") as file:
+            np.savez(file, **arrays)
+
+    yield write
+    for name in ("scipy.io", "scipy"):
+        sys.modules.pop(name, None)
+
+
+def write_picture(path):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.new("RGB", (20, 20)).save(path)
+
+
+def names_of(data):
+    return [
+        (Path(path).name, data.classes[label]) for path, label in zip(data.paths, data.labels, strict=True)
+    ]
+
+
+def test_flowers_train_on_the_train_and_val_splits_and_are_tested_on_the_test_split(
+    tmp_path, monkeypatch, matlab
+):
+    base = tmp_path / "flowers-102"
+    for n in range(1, 8):
+        write_picture(base / f"jpg/image_{n:05d}.jpg")
+    matlab(base / "imagelabels.mat", labels=np.array([1, 102, 3, 1, 2, 2, 3], dtype=np.uint8))
+    splits = {"trnid": [4, 2], "valid": [7], "tstid": [1, 3, 5, 6]}
+    matlab(base / "setid.mat", **{name: np.array(ids, dtype=np.uint16) for name, ids in splits.items()})
+    with monkeypatch.context() as patch:  # torchvision knows the true files' MD5
+        patch.setattr(
+            "torchvision.datasets.flowers102.check_integrity", lambda path, md5: path.endswith(".mat")
+        )
+        train_set, val_set = load_data("flowers102", str(tmp_path), 8, CPU)
+    assert len(train_set.classes) == 102
+    first, second, third, last = (train_set.classes[n] for n in (0, 1, 2, 101))
+    assert names_of(train_set) == [
+        ("image_00004.jpg", first), ("image_00002.jpg", last), ("image_00007.jpg", third)
+    ]  # fmt: skip
+    assert [name for _, name in names_of(val_set)] == [first, third, second, second]
+    images, labels = collect(val_set, 0, 1, batch=4, size=8)[0]
+    assert (images.shape, sorted(labels.tolist())) == ((4, 3, 8, 8), [0, 1, 1, 2])
+
+
+def test_cars_are_read_from_the_files_that_one_has(tmp_path, matlab):
+    base, records = tmp_path / "stanford_cars", [("fname", "O"), ("class", "u1")]
+    with pytest.raises(
+        UsageError, match="no .*/stanford_cars/cars_train; .* put cars_train, cars_test, devkit"
+    ):
+        load_data("cars", str(tmp_path), 8, CPU)
+    for split, count in (("train", 3), ("test", 2)):
+        for n in range(1, count + 1):
+            write_picture(base / f"cars_{split}/{n:05d}.jpg")
+    matlab(base / "devkit/cars_meta.mat", class_names=np.array(["AM General Hummer", "Acura RL"], dtype="O"))
+    annotations = np.array([("00002.jpg", 2), ("00003.jpg", 1), ("00001.jpg", 1)], dtype=records)
+    matlab(base / "devkit/cars_train_annos.mat", annotations=annotations)
+    with pytest.raises(UsageError, match="no .*/stanford_cars/cars_test_annos_withlabels.mat"):
+        load_data("cars", str(tmp_path), 8, CPU)
+    annotations = np.array([("00001.jpg", 2), ("00002.jpg", 1)], dtype=records)
+    matlab(base / "cars_test_annos_withlabels.mat", annotations=annotations)
+    train_set, val_set = load_data("cars", str(tmp_path), 8, CPU)
+    hummer, acura = "AM General Hummer", "Acura RL"
+    assert names_of(train_set) == [("00002.jpg", acura), ("00003.jpg", hummer), ("00001.jpg", hummer)]
+    assert names_of(val_set) == [("00001.jpg", acura), ("00002.jpg", hummer)]
+    assert read_image(val_set.paths[0]).size == (20, 20)
+    (base / "devkit/cars_meta.mat").write_bytes(b"damaged")
+    with pytest.raises(UsageError, match="the labels in .*stanford_cars cannot be read"):
+        load_data("cars", str(tmp_path), 8, CPU)
+
+
+@pytest.mark.parametrize("name", ["flowers102", "cars"])
+def test_labels_in_matlab_files_ask_for_scipy_before_anything_is_downloaded(tmp_path, monkeypatch, name):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(UsageError, match=f"the labels of {name} are MATLAB files.*: pip install scipy"):
+        load_data(name, str(tmp_path), 8, CPU)
+
+
+@pytest.mark.parametrize("year", ["2018", "2019"])
+def test_inaturalist_is_split_by_the_competitions_lists(tmp_path, year):
+    def load():
+        return load_data(f"inat{year}", str(tmp_path), 8, CPU)
+
+    with pytest.raises(UsageError, match=f"no folder .*/{year}; .*INaturalist.*'{year}', download=True"):
+        load()
+    pictures = {"train": ["Aves/1/a.jpg", "Plantae/0/b.jpg", "Aves/2/c.jpg"], "val": ["Aves/2/d.jpg"]}
+    for name in sum(pictures.values(), []):
+        write_picture(tmp_path / year / name)  # torchvision renames train_val2018 so
+    for split, names in pictures.items():
+        with pytest.raises(
+            UsageError, match=f"no .*/{split}{year}.json, which tells the split; unpack .*tar.gz"
+        ):
+            load()
+        images = [{"id": n, "file_name": f"train_val{year}/{name}"} for n, name in enumerate(names)]
+        (tmp_path / f"{split}{year}.json").write_text(json.dumps({"images": images}))
+    train_set, val_set = load()
+    assert train_set.classes == val_set.classes == ["Plantae/0", "Aves/1", "Aves/2"]  # by their numbers
+    assert names_of(train_set) == [("a.jpg", "Aves/1"), ("b.jpg", "Plantae/0"), ("c.jpg", "Aves/2")]
+    assert names_of(val_set) == [("d.jpg", "Aves/2")]
+    assert read_image(val_set.paths[0]).size == (20, 20)
+    for damage in ("{", '{"images": [{"file_name": "x/Fungi/9/e.jpg"}]}', "[]"):
+        (tmp_path / f"val{year}.json").write_text(damage)
+        with pytest.raises(UsageError, match=f"{year} and .*val{year}.json do not go together"):
+            load()
+
+
 # ---- train.py ----
 
 QUICK = {"img_size": 16, "patch_size": 8, "epochs": 3, "batch_size": 16, "lr": 3e-3, "device": "cpu"}
@@ -2271,14 +2425,23 @@ def test_names_with_odd_characters_break_neither_terminal_nor_log(tmp_path, monk
 # ---- finetune.py and evaluate.py ----
 
 
+def run_finetune(monkeypatch, *flags):
+    """What `python finetune.py FLAGS` does, in this process; the exit code."""
+    monkeypatch.setattr("sys.argv", ["finetune.py", *map(str, flags)])
+    try:
+        program(finetune.main)
+    except SystemExit as ended:
+        return ended.code
+    return 0
+
+
 def test_fine_tuning_starts_from_the_runs_weights_at_the_new_size(tmp_path, monkeypatch, few_shapes, capsys):
     monkeypatch.chdir(tmp_path)
     assert run_train(monkeypatch, *flags(QUICK | {"epochs": 1})) == 0
     before = weights_of(tmp_path / "runs/shapes-tiny-none")
-    monkeypatch.setattr(
-        "sys.argv", ["finetune.py", "--epochs", "1", "--lr", "0", "--batch-size", "16", "--device", "cpu"]
-    )
-    finetune.main()  # without --checkpoint: the newest run; at a learning rate of (nearly) 0 the weights stay
+    # without --checkpoint: the newest run; at a learning rate of (nearly) 0 the weights stay
+    words = {"epochs": 1, "lr": 0, "batch_size": 16, "device": "cpu"}
+    assert run_finetune(monkeypatch, *flags(words)) == 0
     after = weights_of(tmp_path / "runs/shapes-tiny-none-24px")
     assert after.pop("pos_embed").shape == (1, 10, 192)
     assert before.pop("pos_embed").shape == (1, 5, 192)
@@ -2286,7 +2449,7 @@ def test_fine_tuning_starts_from_the_runs_weights_at_the_new_size(tmp_path, monk
         torch.testing.assert_close(after[key], value, rtol=0, atol=1e-4)
     printed = capsys.readouterr().out
     assert "before, at 16 pixels: class" in printed
-    assert "resized to 24 pixels (pos_embed): class" in printed
+    assert "position embeddings are resized\nat the start, at 24 pixels: class" in printed
 
 
 @pytest.mark.parametrize("teacher", ["resnet18", "tiny"])
@@ -2296,10 +2459,8 @@ def test_fine_tuning_brings_the_teacher_to_the_new_size_first(
     monkeypatch.chdir(tmp_path)
     words = QUICK | {"epochs": 1, "distill": "hard", "teacher": teacher, "teacher_epochs": 1}
     assert run_train(monkeypatch, *flags(words)) == 0
-    monkeypatch.setattr(
-        "sys.argv", ["finetune.py", *flags({"epochs": 1, "teacher_epochs": 1, "batch_size": 16})]
-    )
-    finetune.main()
+    words = {"epochs": 1, "teacher_epochs": 1, "batch_size": 16}
+    assert run_finetune(monkeypatch, *flags(words)) == 0
     student = read_checkpoint("runs/shapes-tiny-hard-24px/last.pth")["settings"]
     assert student["checkpoint"] == "runs/shapes-tiny-hard/last.pth"
     tuned = read_checkpoint(student["teacher_weights"])
@@ -2309,6 +2470,237 @@ def test_fine_tuning_brings_the_teacher_to_the_new_size_first(
     before, after = read_checkpoint(scratch)["model"][name], tuned["model"][name]
     assert 0 < (after - before).norm() < 0.3 * before.norm()  # it did start there
     assert "before, at 16 pixels: class" in capsys.readouterr().out
+
+
+OFFICIAL_TINY = {
+    "data": "imagenet",
+    "data_path": "data",
+    "classes": None,
+    "num_classes": 1000,
+    "model": "tiny",
+}
+OFFICIAL_TINY |= {"img_size": 224, "patch_size": 16, "distill": "hard", "no_distill_token": False}
+
+
+def test_higher_resolution_of_imagenet_is_the_papers_recipe_with_a_teacher_brought_there_first():
+    settings, lower = finetune.finetune_settings({"checkpoint": "deit_tiny_distilled"}, OFFICIAL_TINY)
+    table = dict(img_size=384, epochs=30, batch_size=512, optimizer="adamw", lr=5e-6, min_lr=5e-6)
+    table |= dict(weight_decay=1e-8, warmup_epochs=5, drop_path=0, distill="hard", teacher="regnet_y_16gf")
+    table |= dict(
+        teacher_weights="published", teacher_epochs=30, augment="randaugment", mixup=0.8, cutmix=1.0
+    )
+    table |= dict(erasing=0.25, smoothing=0.1, repeats=3)  # the augmentation of training is kept
+    assert {name: settings[name] for name in table} == table
+    assert lower
+    steps = [learning_rate(step, 1000, 100, settings) for step in range(100, 1001)]
+    assert set(steps) == {5e-6}  # constant after the warm-up
+    few = {"checkpoint": "deit_tiny_distilled", "epochs": 3}
+    assert finetune.finetune_settings(few, OFFICIAL_TINY)[0]["warmup_epochs"] == pytest.approx(0.3)
+    same_size = {"checkpoint": "deit_tiny_distilled", "img_size": 224}
+    assert not finetune.finetune_settings(same_size, OFFICIAL_TINY)[1]
+
+
+@pytest.mark.parametrize(
+    "data", ["cifar10", "cifar100", "flowers102", "cars", "inat2018", "inat2019", "folder"]
+)
+def test_transfer_has_the_authors_recipe_and_a_short_one(data):
+    given = {"checkpoint": "deit_tiny_distilled", "data": data, "recipe": "paper"}
+    settings, lower = finetune.finetune_settings(given, OFFICIAL_TINY)
+    table = dict(img_size=224, epochs=1000, batch_size=768, optimizer="sgd", lr=0.01, weight_decay=1e-4)
+    table |= dict(drop_path=0, erasing=0, mixup=0.8, cutmix=1.0, smoothing=0.1, augment="randaugment")
+    table |= dict(distill="label", data_path="data", patch_size=16)
+    assert {name: settings[name] for name in table} == table
+    assert not lower
+    short, _ = finetune.finetune_settings(given | {"recipe": "short"}, OFFICIAL_TINY)
+    assert (short["optimizer"], short["epochs"], short["img_size"]) == ("adamw", 30, 224)
+    plain, _ = finetune.finetune_settings(given, OFFICIAL_TINY | {"distill": "none"})
+    assert plain["distill"] == "none"
+
+
+def test_each_optimizer_brings_its_own_learning_rate_unless_told():
+    given = {"checkpoint": "deit_tiny", "data": "cars"}
+    for more, lr in (({}, 5e-4), ({"optimizer": "sgd"}, 0.01), ({"optimizer": "sgd", "lr": 0.1}, 0.1)):
+        assert finetune.finetune_settings(given | more, OFFICIAL_TINY)[0]["lr"] == lr
+
+
+def test_fine_tunings_help_shows_its_own_defaults(capsys):
+    settings, _ = finetune.finetune_settings({"checkpoint": "x", "data": "folder"}, OFFICIAL_TINY)
+    text = " ".join(finetune.finetune_parser().format_help().split())
+    numbers = {name: value for name, value in finetune.SHOWN.items() if not isinstance(value, (str, bool))}
+    assert len(numbers) > 10
+    for name, value in numbers.items():
+        assert settings[name] == value, name
+        flag = name.replace("_", "-")
+        assert re.search(rf"--{flag} {name.upper()} [^\[]*\[{re.escape(str(value))}\]", text), name
+    assert "--optimizer {adamw,sgd} sgd has Nesterov momentum 0.9 [adamw]" in text
+    assert all(f"{name} {value}" in text for name, value in finetune.TRANSFER.items())
+
+
+def test_a_distillation_token_that_is_added_starts_as_the_class_token():
+    sizes = {"num_classes": 3, "img_size": 16, "patch_size": 8}
+    plain, network = create_model("tiny", **sizes), create_model("tiny", **sizes, distilled=True)
+    fresh = network.dist_token.detach().clone()
+    assert finetune.adapt(plain.state_dict(), network, True)[0].startswith("a distillation token is added")
+    torch.testing.assert_close(network.dist_token, plain.cls_token + fresh)
+    assert not torch.equal(network.dist_token, network.cls_token)  # or they would learn the same for ever
+    with torch.no_grad():
+        network.dist_token.copy_(network.cls_token)
+    first, second = network.eval()(torch.randn(4, 3, 16, 16))
+    torch.testing.assert_close(
+        first, second
+    )  # but for the draw, its position and its head are the class token's
+
+
+def test_a_distillation_token_that_is_dropped_leaves_the_rest_as_it_was():
+    sizes = {"num_classes": 3, "img_size": 16, "patch_size": 8}
+    network, distilled = create_model("tiny", **sizes), create_model("tiny", **sizes, distilled=True)
+    assert finetune.adapt(distilled.state_dict(), network, True) == ["the distillation token is dropped"]
+    images = torch.randn(2, 3, 16, 16)
+    tokens = [n for n in range(6) if n != 1]
+    torch.testing.assert_close(network.embed(images), distilled.embed(images)[:, tokens])
+    theirs = distilled.state_dict()
+    assert all(torch.equal(p, theirs[key]) for key, p in network.state_dict().items() if key != "pos_embed")
+
+
+def save_official(path, **settings):
+    """A file as the authors publish them."""
+    torch.manual_seed(0)
+    model = create_model("tiny", img_size=32, **settings)
+    torch.save({"model": model.state_dict()}, path)
+    return model.eval()
+
+
+@pytest.mark.parametrize("distill", ["label", "none"])
+def test_an_official_file_transfers_to_a_folder_of_pictures(tmp_path, monkeypatch, capsys, distill):
+    write_folder(tmp_path / "data", [(50, 40), (30, 60)])
+    official = save_official(tmp_path / "official.pth", distilled=distill == "label")  # 1000 classes
+    words = {"checkpoint": tmp_path / "official.pth", "data": "folder", "data_path": tmp_path / "data"}
+    words |= {"epochs": 1, "batch_size": 4, "lr": 1e-9, "min_lr": 0, "warmup_lr": 0, "workers": 0}
+    assert run_finetune(monkeypatch, *flags(words | {"device": "cpu", "out": tmp_path / "run"})) == 0
+    done = read_checkpoint(tmp_path / "run/last.pth")
+    names = ("classes", "img_size", "distill", "model", "patch_size")
+    assert [done["settings"][name] for name in names] == [["ant", "bee"], 32, distill, "tiny", 16]
+    for key, value in official.state_dict().items():
+        if key.startswith("head"):
+            assert done["model"][key].shape == (2, *value.shape[1:])
+        else:
+            torch.testing.assert_close(done["model"][key], value, rtol=0, atol=1e-6)
+    printed = capsys.readouterr().out
+    assert "official.pth: new heads for 2 classes\n" in printed
+    assert "before" not in printed  # its heads say nothing of these classes
+    # and goes on from there: to as many other classes, or at another resolution with its own
+    write_folder(tmp_path / "pets", [(50, 40), (30, 60)], ("cat", "dog"))
+    words |= {"checkpoint": tmp_path / "run/last.pth", "data_path": tmp_path / "pets", "device": "cpu"}
+    words |= {"recipe": "paper", "out": tmp_path / "other"}  # that of transfer, since the folder is another
+    assert run_finetune(monkeypatch, *flags(words)) == 0
+    assert "run/last.pth: new heads for 2 classes\n" in capsys.readouterr().out
+    again = read_checkpoint(tmp_path / "other/last.pth")["settings"]
+    assert [again[name] for name in names] == [["cat", "dog"], 32, distill, "tiny", 16]
+    words = {"checkpoint": tmp_path / "run/last.pth", "epochs": 1, "batch_size": 4, "workers": 0}
+    assert run_finetune(monkeypatch, *flags(words | {"device": "cpu", "out": tmp_path / "higher"})) == 0
+    assert "before, at 32 pixels: class" in capsys.readouterr().out
+    again = read_checkpoint(tmp_path / "higher/last.pth")["settings"]
+    assert [again[name] for name in names] == [["ant", "bee"], 48, distill, "tiny", 16]
+
+
+def test_imagenets_own_weights_keep_their_heads_and_another_number_of_classes_is_refused(
+    tmp_path, monkeypatch, capsys
+):
+    write_folder(tmp_path / "data", [(50, 40), (30, 60)])
+    official = save_official(tmp_path / "two.pth", num_classes=2)
+    save_official(tmp_path / "three.pth", num_classes=3)
+    words = {"data_path": tmp_path / "data", "epochs": 1, "batch_size": 4, "workers": 0, "img_size": 48}
+    words |= {"device": "cpu", "out": tmp_path / "run"}
+    assert run_finetune(monkeypatch, *flags(words | {"checkpoint": tmp_path / "two.pth"})) == 0
+    val_set = load_data("imagenet", str(tmp_path / "data"), 32, CPU, ("val",))[0]
+    before = evaluate(official, val_set, complete({"img_size": 32, "workers": 0}), ALONE)
+    printed = capsys.readouterr().out
+    assert f"before, at 32 pixels: {headline(before)}\n" in printed
+    assert "two.pth: position embeddings are resized\nat the start, at 48 pixels: class" in printed
+    words |= {"checkpoint": tmp_path / "three.pth", "out": tmp_path / "other"}
+    assert run_finetune(monkeypatch, *flags(words)) == 2
+    assert "use --data folder or --recipe short" in capsys.readouterr().err
+    assert run_finetune(monkeypatch, *flags(words), "--recipe", "short") == 0
+    assert "three.pth: new heads for 2 classes; position embeddings are resized\n" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(("trained", "optimizer"), [("head", "sgd"), ("attention", "adamw")])
+def test_what_is_frozen_stays_to_the_last_bit_and_a_resumed_run_ends_the_same(
+    tmp_path, monkeypatch, few_shapes, capsys, trained, optimizer
+):
+    monkeypatch.chdir(tmp_path)
+    assert run_train(monkeypatch, *flags(QUICK | {"epochs": 1, "distill": "label"})) == 0
+    before = weights_of(tmp_path / "runs/shapes-tiny-label")
+    words = PLAIN | {"img_size": 16, "epochs": 2, "batch_size": 16, "train": trained, "optimizer": optimizer}
+    words = flags(words | {"ema": 0.9, "lr": 0.02 if optimizer == "adamw" else 1.0, "device": "cpu"})
+    assert run_finetune(monkeypatch, *words, "--out", "whole") == 0
+
+    class Cut(Exception):
+        pass
+
+    def evaluate_twice(*arguments):
+        if Path("cut/last.pth").exists():
+            raise Cut
+        return evaluate(*arguments)
+
+    monkeypatch.setattr("train.evaluate", evaluate_twice)
+    with pytest.raises(Cut):
+        run_finetune(monkeypatch, *words, "--out", "cut")
+    monkeypatch.setattr("train.evaluate", evaluate)
+    Path("runs").rename("elsewhere")  # the run has all that it needs
+    assert run_finetune(monkeypatch, "--out", "cut", "--resume") == 0
+    whole, cut = (read_checkpoint(Path(name) / "last.pth") for name in ("whole", "cut"))
+    pattern = {"head": "^head", "attention": r"^head|\.attn\.|^pos_embed$"}[trained]
+    for part in ("model", "ema"):
+        assert all(torch.equal(value, cut[part][key]) for key, value in whole[part].items())
+        changed = {key for key, value in before.items() if not torch.equal(value, whole[part][key])}
+        assert changed == {key for key in before if re.search(pattern, key)}
+    assert Path("whole/log.jsonl").read_text() == Path("cut/log.jsonl").read_text()
+    losses = [record["loss"] for record in read_log(Path("whole"))]
+    assert losses[-1] < losses[0]
+    assert run_finetune(monkeypatch, "--out", "cut", "--resume", "--train", "all") == 2
+    assert f"has --train {trained}, not all" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ("--checkpoint none.pth", "there is no file none.pth"),
+        ("--checkpoint convnet.pth", "does not hold a trained tiny, small, base transformer"),
+        ("--model small", "run/last.pth has --model tiny, not small; fine-tuning keeps it"),
+        ("--patch-size 4", "run/last.pth has --patch-size 8, not 4; fine-tuning keeps it"),
+        ("--img-size 22", "22 is not a multiple of patch size 8; try image size 24"),
+        ("--distill hard --teacher-weights none.pth", "there is no file none.pth"),
+        ("--data folder", "there is no folder data"),
+        (
+            "--checkpoint deep.pth --data folder --data-path .",
+            "blocks.12.norm1.weight is (192,) in the weights",
+        ),
+        ("--out runs/run --resume", "is a run of train.py; continue it with train.py --resume"),
+        ("--train norm", "invalid choice: 'norm'"),
+    ],
+)
+def test_mistakes_of_fine_tuning_end_with_one_line_and_exit_code_2(
+    tmp_path, monkeypatch, few_shapes, capsys, words, message
+):
+    monkeypatch.chdir(tmp_path)
+    Path("runs/run").mkdir(parents=True)
+    settings = complete(QUICK) | {"classes": ["a"]}
+    model = create_model("tiny", num_classes=1, img_size=16, patch_size=8)
+    torch.save({"model": model.state_dict(), "ema": None, "settings": settings}, "runs/run/last.pth")
+    torch.save({"fc.weight": torch.zeros(1)}, "convnet.pth")
+    torch.save({"model": DeiT(192, 3, 13, img_size=32).state_dict()}, "deep.pth")
+    assert run_finetune(monkeypatch, *words.split(), "--device", "cpu") == 2
+    error = capsys.readouterr().err
+    assert error.startswith("error: ")
+    assert message in error
+    assert error.count("\n") == 1
+
+
+def test_without_a_run_to_start_from_fine_tuning_says_how_to_make_one(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert run_finetune(monkeypatch) == 2
+    assert "make one with: torchrun train.py --model tiny --distill hard" in capsys.readouterr().err
 
 
 def test_evaluate_repeats_the_accuracy_that_training_ended_with(tmp_path, monkeypatch, few_shapes, capsys):

@@ -142,7 +142,7 @@ SETTINGS = {
         "workers": (-1, number(int, -1), "processes that read image files, -1 chooses"),
         "skip_broken": (False, bool, "leave out image files that cannot be read, and count them"),
         "seed": (0, number(int, 0, 2**62), "of everything random; the data set shapes is always the same"),
-        "out": ("", str, "the run's directory; else runs/DATA-MODEL-DISTILL"),
+        "out": ("", str, "the run's directory, else one below runs/ named after its settings"),
         "save_every": (0, number(int, 0), "steps between saves within an epoch; 0: at the end of each alone"),
         "resume": (False, bool, "continue the run in --out, or start it if there is none"),
         "overwrite": (False, bool, "replace the run in --out"),
@@ -152,11 +152,16 @@ PAPER = {name: default for group in SETTINGS.values() for name, (default, _, _) 
 
 # What each data set changes: its recipe.
 SMALL = dict(teacher="regnet_y_200mf", teacher_epochs=30, repeats=1)
+PICTURES = dict(SMALL, epochs=100, batch_size=64, lr=1e-3)
 RECIPES = {
     "imagenet": dict(teacher_weights="published"),
     "cifar10": dict(SMALL, img_size=32, patch_size=4, epochs=100, batch_size=256, lr=1e-3),
     "cifar100": dict(SMALL, img_size=32, patch_size=4, epochs=100, batch_size=256, lr=1e-3),
-    "folder": dict(SMALL, epochs=100, batch_size=64, lr=1e-3),
+    "folder": PICTURES,
+    "flowers102": PICTURES,
+    "cars": PICTURES,
+    "inat2018": {},  # of ImageNet's scale; its teacher is trained too
+    "inat2019": {},
     "shapes": dict(SMALL, img_size=32, patch_size=8, epochs=8, batch_size=64, lr=4e-3, warmup_epochs=0.5,
                    drop_path=0.0, teacher_epochs=4),
 }  # fmt: skip
@@ -196,25 +201,28 @@ def add_flag(parser: argparse.ArgumentParser, name: str, default, kind, text: st
     parser.add_argument("--" + name.replace("_", "-"), default=argparse.SUPPRESS, help=text + shown, **more)
 
 
-def build_parser(prog: str, description: str) -> argparse.ArgumentParser:
-    """The flags that train.py and finetune.py share."""
-    note = "The value in [brackets] is the paper's for ImageNet; a data set's recipe may have another."
+NOTE = "The value in [brackets] is the paper's for ImageNet; a data set's recipe may have another."
+
+
+def build_parser(prog: str, description: str, shown: dict = PAPER, note: str = NOTE) -> Parser:
+    """The flags that train.py and finetune.py share, each with its value in `shown`."""
     parser = Parser(prog=prog, description=description, epilog=note, allow_abbrev=False)
     for title, settings in SETTINGS.items():
         group = parser.add_argument_group(title)
-        for name, setting in settings.items():
-            add_flag(group, name, *setting)
+        for name, (_, kind, text) in settings.items():
+            add_flag(group, name, shown[name], kind, text)
     return parser
 
 
-def complete(given: dict) -> dict:
-    """All settings of a run: the flags given, over the data set's recipe, over the paper's."""
+def complete(given: dict, recipe: dict | None = None) -> dict:
+    """All settings of a run: the flags given, over `recipe`, over the data set's, over the paper's."""
     data = given.get("data", PAPER["data"])
-    settings = PAPER | RECIPES[data]
+    recipe = recipe or {}
+    settings = PAPER | RECIPES[data] | recipe
     if given.get("model", settings["model"]) not in SIZES:
         settings |= CONVNET | CONVNET_RECIPES.get(data, {}) | {"epochs": settings["teacher_epochs"]}
     settings |= given
-    if "warmup_epochs" not in given:  # a short run cannot spend the paper's 5 of 300 epochs on it
+    if "warmup_epochs" not in given | recipe:  # a short run cannot spend the paper's 5 of 300 epochs on it
         settings["warmup_epochs"] = min(settings["warmup_epochs"], settings["epochs"] / 10)
     if not settings["out"]:
         settings["out"] = f"runs/{settings['data']}-{settings['model']}-{settings['distill']}"
@@ -372,12 +380,24 @@ def build_network(settings: dict, num_classes: int) -> nn.Module:
     )
 
 
+# What --train of finetune.py lets learn: parameters with one of these in their names. With the attention go
+# the position embeddings, which may just have been resized; they also move the tokens they are added to.
+TRAINED = {"all": ("",), "head": ("head",), "attention": ("head", "attn", "pos_embed")}
+
+
+def freeze(network: nn.Module, trained: str) -> None:
+    """Lets only the parameters of TRAINED[trained] learn."""
+    for name, parameter in network.named_parameters():
+        parameter.requires_grad_(any(part in name for part in TRAINED[trained]))
+
+
 def build_optimizer(network: nn.Module, settings: dict) -> torch.optim.Optimizer:
-    """AdamW or SGD; weight decay on matrices and convolutions only."""
+    """AdamW or SGD, of what is not frozen; weight decay on matrices and convolutions only."""
     decayed, spared = [], []
     for name, parameter in network.named_parameters():
         token = name in ("cls_token", "dist_token", "pos_embed")
-        (spared if token or parameter.ndim < 2 else decayed).append(parameter)
+        if parameter.requires_grad:
+            (spared if token or parameter.ndim < 2 else decayed).append(parameter)
     groups = [
         {"params": decayed, "weight_decay": settings["weight_decay"]},
         {"params": spared, "weight_decay": 0.0},
@@ -612,6 +632,7 @@ class Run:
         self.network = build_network(settings, len(settings["classes"])).to(device)
         if initial is not None:
             initial(self.network)
+        freeze(self.network, settings.get("train", "all"))
         if settings["model"] not in SIZES:  # convolutions are faster so
             self.network = self.network.to(memory_format=torch.channels_last)
         self.optimizer = build_optimizer(self.network, settings)
@@ -919,7 +940,9 @@ def train_teacher(
         say(place, f"teacher: {last}, trained earlier, {chief(log[-1]['accuracy']):.2f} % top-1")
         return str(last)
     say(
-        place, f"teacher: training a {own['model']} first, {own['epochs']} epochs; it is kept in {own['out']}"
+        place,
+        f"teacher: {'fine-tuning' if start else 'training'} a {own['model']} first, {own['epochs']} epochs; "
+        f"it is kept in {own['out']}",
     )
 
     def begin_with(network: nn.Module) -> None:
@@ -973,15 +996,14 @@ def describe(settings: dict, data: list[ArraySet | FolderSet], place: Place) -> 
     say(place, line)
 
 
-def begin(settings: dict) -> tuple[Place, list[ArraySet | FolderSet]]:
-    """Joins the other processes, refuses what cannot work, and loads the data."""
-    place = join(settings["device"])
+def begin(settings: dict, place: Place) -> list[ArraySet | FolderSet]:
+    """Refuses what cannot work, and loads the data."""
     check(settings, place)
     source = [settings[name] for name in ("data", "data_path", "img_size")]
     source += [place.device, ("train", "val"), settings["skip_broken"]]
     data = first_alone(place, lambda: load_data(*source))
     describe(settings, data, place)
-    return place, data
+    return data
 
 
 def finish(settings: dict, accuracy: dict[str, float], started: float, place: Place) -> None:
@@ -1034,7 +1056,8 @@ def main() -> None:
     started = time.monotonic()
     given = vars(build_parser("train.py", __doc__.splitlines()[0]).parse_args())
     settings, checkpoint = restore(complete(given), given)
-    place, data = begin(settings)
+    place = join(settings["device"])
+    data = begin(settings, place)
     teacher = None
     if settings["distill"] in ("soft", "hard"):
         settings["teacher_weights"] = settings["teacher_weights"] or train_teacher(settings, data, place)
