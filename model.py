@@ -9,7 +9,7 @@ the front tokens. The parameters have the names, shapes and order of the officia
 
 import difflib
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 import torch
 import torch.nn.functional as F
@@ -102,7 +102,7 @@ class MLP(nn.Module):
 
 
 class DropPath(nn.Module):
-    """Stochastic depth (Huang et al., 2016): drops a residual branch for whole samples.
+    """A residual branch with stochastic depth (Huang et al., 2016): left out for whole samples at random.
 
     A kept branch is scaled by 1/(1 - rate), so that its expectation stays what it is in evaluation.
     """
@@ -111,11 +111,16 @@ class DropPath(nn.Module):
         super().__init__()
         self.rate = rate
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, branch: Callable[[Tensor], Tensor], front: int | None = None) -> Tensor:
+        """x + branch(x), both of the first `front` tokens if it is given: (B, N, D) -> (B, front or N, D)."""
         if not self.training or self.rate == 0.0:
-            return x
-        keep = 1.0 - self.rate
-        return x * x.new_empty(x.shape[0], 1, 1).bernoulli_(keep).div_(keep)
+            return x[:, :front] + branch(x)
+        scale, keep = 1 / (1 - self.rate), torch.rand(len(x), 1, 1, device=x.device) >= self.rate
+        if x.device.type != "cpu" or keep.all():
+            return x[:, :front] + branch(x) * (keep * scale)
+        # A CPU computes only what is kept. On a GPU that would wait for the draw, and cut a compiled graph.
+        kept = keep.flatten().nonzero().flatten()
+        return x[:, :front].index_add(0, kept, branch(x[kept]).to(x.dtype), alpha=scale)
 
 
 class Block(nn.Module):
@@ -131,8 +136,8 @@ class Block(nn.Module):
 
     def forward(self, x: Tensor, front: int | None = None) -> Tensor:
         """(B, N, D) -> (B, N, D), or with `front` the first so many tokens of it: (B, front, D)."""
-        x = x[:, :front] + self.drop_path(self.attn(self.norm1(x), front))
-        return x + self.drop_path(self.mlp(self.norm2(x)))
+        x = self.drop_path(x, lambda x: self.attn(self.norm1(x), front), front)
+        return self.drop_path(x, lambda x: self.mlp(self.norm2(x)))
 
 
 class PatchEmbed(nn.Module):

@@ -264,12 +264,22 @@ def test_stochastic_depth_grows_linearly_and_keeps_the_expectation():
         round(0.01 * n, 6) for n in range(12)
     ]
     torch.manual_seed(0)
-    drop = DropPath(0.3)
-    out = drop(torch.ones(20_000, 2, 3))
-    kept = out[:, 0, 0] > 0
-    assert abs(kept.double().mean() - 0.7) < 0.015
-    assert torch.equal(out, torch.where(kept, 1 / 0.7, 0.0)[:, None, None].expand_as(out))  # whole samples
-    assert torch.equal(drop.eval()(out), out)
+    drop, x = DropPath(0.3), torch.randn(20_000, 3, 2, dtype=torch.float64)
+    for front in (3, 2):
+        added = drop(x, lambda x, front=front: x[:, :front] + 5, front) - x[:, :front]
+        kept = added.abs().sum(dim=(1, 2)) > 0
+        assert abs(kept.double().mean() - 0.7) < 0.015
+        torch.testing.assert_close(added[kept], (x[kept, :front] + 5) / 0.7)
+        torch.testing.assert_close(drop.eval()(x, torch.neg), x - x)
+        drop.train()
+
+
+def test_stochastic_depth_computes_nothing_of_what_it_drops():
+    seen, drop, x = [], DropPath(0.5), torch.ones(100, 2, 3)
+    drop(x, lambda x: seen.append(len(x)) or x)
+    assert 30 < seen[0] < 70
+    block = Block(64, 1, drop_path=0.999999)
+    assert torch.equal(block(torch.ones(2, 3, 64)), torch.ones(2, 3, 64))  # no sample is kept
 
 
 def test_resizing_position_embeddings_is_torchs_bicubic_and_spares_the_front_tokens():
