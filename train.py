@@ -15,7 +15,7 @@ import math
 import os
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from datetime import timedelta
 from pathlib import Path
@@ -254,6 +254,11 @@ def say(place: Place, text: str) -> None:
         print(text, flush=True)
 
 
+def printable(text: str) -> str:
+    """The text with line breaks and other control characters escaped, which a file's name may hold."""
+    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
+
+
 def precision(settings: dict, device: torch.device) -> torch.dtype:
     """The dtype of matrix products; float32 off the GPU, where narrower ones are no faster."""
     name = settings["precision"]
@@ -327,24 +332,23 @@ def loss_function(settings: dict, teacher: nn.Module | None) -> Callable[..., Te
     return loss
 
 
-@torch.no_grad()
-def evaluate(
-    network: nn.Module, data: ArraySet | FolderSet, settings: dict, place: Place
-) -> dict[str, float]:
-    """Top-1 accuracy in percent by head: `class`, and for a pair also `distillation` and `fused`.
+HEADS = ("class", "distillation", "fused")
 
-    Every image counts once, on any number of processes.
+
+@torch.no_grad()
+def head_scores(
+    network: nn.Module, data: ArraySet | FolderSet, settings: dict, place: Place
+) -> Iterator[tuple[Tensor, list[Tensor]]]:
+    """Labels (B,) and each head's scores (B, C), batch by batch: every image once over all processes.
+
+    The heads are the class head and, of a pair, the distillation head and the fused prediction. A process
+    sees the images rank, rank + world, rank + 2 world and so on.
     """
     network.eval()
-    if place.world > 1:
-        for buffer in network.buffers():  # BatchNorm's statistics differ by process: the first one's are kept
-            dist.broadcast(buffer, 0)
-    batch = max(1, min(256, settings["batch_size"]))
-    correct = torch.zeros(3, device=place.device)
     batches = eval_batches(
         data,
         settings["img_size"],
-        batch,
+        max(1, min(256, settings["batch_size"])),
         rank=place.rank,
         world=place.world,
         workers=workers(settings, place),
@@ -353,12 +357,24 @@ def evaluate(
     for images, labels in batches:
         with autocast(settings, place.device):
             outputs = network(normalize(images))
-        pair = (outputs, outputs) if isinstance(outputs, Tensor) else outputs
-        for head, scores in enumerate((*pair, fuse(outputs))):
-            correct[head] += (scores.argmax(dim=1) == labels).sum()
-    shares = (100 * total(correct, place) / len(data)).tolist()
-    names = ("class", "distillation", "fused") if getattr(network, "distilled", False) else ("class",)
-    return dict(zip(names, shares, strict=False))
+        yield labels, [outputs] if isinstance(outputs, Tensor) else [*outputs, fuse(outputs)]
+
+
+def evaluate(
+    network: nn.Module, data: ArraySet | FolderSet, settings: dict, place: Place
+) -> dict[str, float]:
+    """Top-1 accuracy in percent by head: `class`, and for a pair also `distillation` and `fused`.
+
+    Every image counts once, on any number of processes.
+    """
+    if place.world > 1:
+        for buffer in network.buffers():  # BatchNorm's statistics differ by process: the first one's are kept
+            dist.broadcast(buffer, 0)
+    heads = HEADS if getattr(network, "distilled", False) else HEADS[:1]
+    correct = torch.zeros(len(heads), device=place.device)
+    for labels, scores in head_scores(network, data, settings, place):
+        correct += torch.stack([(head.argmax(dim=1) == labels).sum() for head in scores])
+    return dict(zip(heads, (100 * total(correct, place) / len(data)).tolist(), strict=True))
 
 
 def headline(accuracy: dict[str, float]) -> str:
@@ -795,7 +811,7 @@ def program(main: Callable[[], None]) -> None:
     except UsageError as error:
         if os.environ.get("RANK", "0") != "0":
             time.sleep(2)  # what all processes find is told by the first, whose end stops the others
-        print(f"error: {error}", file=sys.stderr, flush=True)
+        print(f"error: {printable(str(error))}", file=sys.stderr, flush=True)
         sys.exit(2)
     except torch.OutOfMemoryError:
         print("error: the GPU's memory is full; lower --batch-size or raise --accumulate", file=sys.stderr)
