@@ -145,6 +145,8 @@ class FolderSet:
 
 def draw_shapes(split: str, count: int, size: int, device: torch.device) -> ArraySet:
     """The first `count` shapes of a split, held on the device."""
+    if count * 3 * size**2 > 2**33:
+        raise UsageError(f"{count} shapes of {size} pixels are more than 8 GiB; choose a smaller --img-size")
     drawn = [draw_shape(0, split, index, size) for index in range(count)]
     images = torch.from_numpy(np.stack([np.asarray(image) for image, _ in drawn])).permute(0, 3, 1, 2)
     labels = torch.tensor([label for _, label in drawn])
@@ -236,11 +238,23 @@ def open_inat(year: str, root: Path, split: str) -> FolderSet:
 
 
 def read_image(path: str | Path) -> Image.Image:
-    """The picture in a file, upright and RGB. Raises UsageError naming the file if it cannot be read."""
+    """The picture in a file, upright and RGB with 8 bits; transparent parts lie on white, as on a page.
+
+    Of 16 bits the upper 8 are kept. Raises UsageError naming the file if it cannot be read.
+    """
     try:
-        with Image.open(path) as image:
-            return ImageOps.exif_transpose(image).convert("RGB")
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        with Image.open(path) as opened:
+            image = ImageOps.exif_transpose(opened)
+            if image.mode[0] in "IF":  # grey of more than 8 bits, whose values above 255 convert would clip
+                values = np.asarray(image)
+                if image.mode == "F" or values.min() < 0 or values.max() > 65535:
+                    raise ValueError("its values have no known range; save it with 8 or 16 bits")
+                image = Image.fromarray((values >> 8).astype(np.uint8))
+            if image.getbands()[-1] in ("A", "a") or "transparency" in image.info:
+                image = image.convert("RGBA")
+                image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+            return image.convert("RGB")
+    except Exception as error:  # a damaged file can make the reader raise anything
         raise UsageError(f"{path} is not a readable image: {' '.join(str(error).split())}") from error
 
 
@@ -348,6 +362,9 @@ def crop_file(image: Image.Image, size: int, key: tuple | None) -> Tensor:
         return to_tensor(image.resize((size, size), Image.Resampling.BICUBIC))
     if image.size == (size, size):
         return to_tensor(image)
+    if max(image.size) > 16 * min(image.size):  # of a very long image the far ends, which need much memory
+        left, top = (max(0, (a - 16 * b) // 2) for a, b in (image.size, image.size[::-1]))
+        image = image.crop((left, top, image.width - left, image.height - top))
     scale = size / 0.875 / min(image.size)
     image = image.resize([max(size, round(side * scale)) for side in image.size], Image.Resampling.BICUBIC)
     left, top = round((image.width - size) / 2), round((image.height - size) / 2)

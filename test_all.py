@@ -1410,6 +1410,11 @@ def test_shapes_depend_on_seed_split_and_index_alone():
     assert drawn.labels.bincount().tolist() == [3] * 10
 
 
+def test_shapes_that_no_memory_holds_are_refused():
+    with pytest.raises(UsageError, match="8000 shapes of 1024 pixels are more than 8 GiB"):
+        draw_shapes("train", 8000, 1024, CPU)
+
+
 def test_shapes_have_easy_cues_that_tell_half_of_the_images():
     """The hue of the brightest pixels is near the class's own much more often than by chance."""
     near = []
@@ -1558,7 +1563,7 @@ def test_a_batch_without_any_readable_image_is_an_error(tmp_path):
     with pytest.raises(UsageError, match="none of the images of a batch can be read"):
         collect(data[0], 0, 1)
     with pytest.raises(UsageError, match="none of the validation images can be read"):
-        evaluate(nn.Identity(), data[1], complete({"img_size": 24}), ALONE)
+        evaluate(nn.Flatten(), data[1], complete({"img_size": 24}), ALONE)
 
 
 def test_folders_that_make_no_data_set_are_refused(tmp_path):
@@ -2033,6 +2038,8 @@ MISTAKES = {
     "--distill hard --teacher resnet": "unknown network 'resnet'",
     "--img-size 30 --patch-size 8": "30 is not a multiple of patch size 8; try image size 32",
     "--patch-size 64": "32 is not a multiple of patch size 64; try image size 64",
+    "--img-size 1000000": "1000000 is not allowed: it must be at least 1 and at most 4096",
+    "--img-size 1024 --patch-size 2": "512×512 patches are more than 256×256; raise --patch-size",
     "--batch-size 30 --accumulate 4": "does not divide into 1 processes × 4 parts; try 32",
     "--batch-size 64": "is more than an epoch's 54 images",
     "--epochs 3 --warmup-epochs 3": "--warmup-epochs must be less than --epochs, 3",
@@ -2355,7 +2362,7 @@ def test_two_processes_survive_a_kill_and_torchrun_restarts_them(tmp_path, monke
 def test_another_number_of_processes_may_go_on_and_is_told_of_the_difference(tmp_path):
     words = flags(QUICK | {"save_every": 1, "accumulate": 2, "out": tmp_path / "run"})
     assert forked(words, ("step", 9, signal.SIGTERM)) == 128 + signal.SIGTERM
-    (tmp_path / "driver.py").write_text(DRIVER)
+    (tmp_path / "driver.py").write_text("import model\nmodel.SIZES['tiny'] = (64, 1)\n" + DRIVER)
     words = ["--out", str(tmp_path / "run"), "--resume", "--accumulate", "1"]
     launch = (sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2")
     told = launch_two(tmp_path / "driver.py", words, launch)
@@ -2687,7 +2694,7 @@ def test_what_is_frozen_stays_to_the_last_bit_and_a_resumed_run_ends_the_same(
             "blocks.12.norm1.weight is (192,) in the weights",
         ),
         ("--out runs/run --resume", "is a run of train.py; continue it with train.py --resume"),
-        ("--train norm", "invalid choice: 'norm'"),
+        ("--train norm", "'norm' is not one of all, head, attention"),
     ],
 )
 def test_mistakes_of_fine_tuning_end_with_one_line_and_exit_code_2(
@@ -2697,7 +2704,8 @@ def test_mistakes_of_fine_tuning_end_with_one_line_and_exit_code_2(
     Path("runs/run").mkdir(parents=True)
     settings = complete(QUICK) | {"classes": ["a"]}
     model = create_model("tiny", num_classes=1, img_size=16, patch_size=8)
-    torch.save({"model": model.state_dict(), "ema": None, "settings": settings}, "runs/run/last.pth")
+    contents = dict.fromkeys(("ema", "optimizer", "scaler", "progress")) | {"model": model.state_dict()}
+    torch.save(contents | {"settings": settings}, "runs/run/last.pth")
     torch.save({"fc.weight": torch.zeros(1)}, "convnet.pth")
     torch.save({"model": DeiT(192, 3, 13, img_size=32).state_dict()}, "deep.pth")
     assert run_finetune(monkeypatch, *words.split(), "--device", "cpu") == 2

@@ -18,7 +18,7 @@ import re
 import signal
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from datetime import timedelta
 from pathlib import Path
@@ -95,8 +95,8 @@ SETTINGS = {
         "data_path": ("data", str, "where downloads go, or a tree with train/CLASS/* and val/CLASS/*"),
         "model": ("tiny", str, "tiny, small, base, or a teacher: regnet_y_200mf, _4gf, _8gf, _12gf, _16gf or "
                                "any classifier of torchvision"),
-        "img_size": (224, COUNT, "side of the square images, pixels"),
-        "patch_size": (16, COUNT, "side of a patch, pixels; divides the image size"),
+        "img_size": (224, number(int, 1, 4096), "side of the square images, pixels"),
+        "patch_size": (16, number(int, 1, 4096), "side of a patch, pixels; divides the image size"),
     },
     "distillation (section 4)": {
         "distill": ("none", ("none", "soft", "hard", "label"), "soft: equation 2; hard: equation 3; label: a "
@@ -432,24 +432,23 @@ def loss_function(settings: dict, teacher: nn.Module | None) -> Callable[..., Te
     return loss
 
 
-@torch.no_grad()
-def evaluate(
-    network: nn.Module, data: ArraySet | FolderSet, settings: dict, place: Place
-) -> dict[str, float]:
-    """Top-1 accuracy in percent by head: `class`, and for a pair also `distillation` and `fused`.
+HEADS = ("class", "distillation", "fused")
 
-    Every image counts once, on any number of processes.
+
+@torch.no_grad()
+def head_scores(
+    network: nn.Module, data: ArraySet | FolderSet, settings: dict, place: Place
+) -> Iterator[tuple[Tensor, list[Tensor]]]:
+    """Labels (B,) and each head's scores (B, C), batch by batch: every image once over all processes.
+
+    The heads are the class head and, of a pair, the distillation head and the fused prediction. A process
+    sees the images rank, rank + world, rank + 2 world and so on.
     """
     network.eval()
-    if place.world > 1:
-        for buffer in network.buffers():  # BatchNorm's statistics differ by process: the first one's are kept
-            dist.broadcast(buffer, 0)
-    batch = max(1, min(256, settings["batch_size"]))
-    counts = torch.zeros(4, device=place.device)  # right by each head, and all
     batches = eval_batches(
         data,
         settings["img_size"],
-        batch,
+        max(1, min(256, settings["batch_size"])),
         rank=place.rank,
         world=place.world,
         workers=workers(settings, place),
@@ -458,16 +457,27 @@ def evaluate(
     for images, labels in batches:
         with autocast(settings, place.device):
             outputs = network(normalize(images))
-        pair = (outputs, outputs) if isinstance(outputs, Tensor) else outputs
-        for head, scores in enumerate((*pair, fuse(outputs))):
-            counts[head] += (scores.argmax(dim=1) == labels).sum()
-        counts[3] += len(labels)
-    counts = total(counts, place)
-    if counts[3] == 0:
+        yield labels, [outputs] if isinstance(outputs, Tensor) else [*outputs, fuse(outputs)]
+
+
+def evaluate(
+    network: nn.Module, data: ArraySet | FolderSet, settings: dict, place: Place
+) -> dict[str, float]:
+    """Top-1 accuracy in percent by head: `class`, and for a pair also `distillation` and `fused`.
+
+    Every image counts once, on any number of processes.
+    """
+    if place.world > 1:
+        for buffer in network.buffers():  # BatchNorm's statistics differ by process: the first one's are kept
+            dist.broadcast(buffer, 0)
+    heads = HEADS if getattr(network, "distilled", False) else HEADS[:1]
+    counts = torch.zeros(1 + len(heads), device=place.device)  # all, and those that each head has right
+    for labels, scores in head_scores(network, data, settings, place):
+        counts += torch.stack([labels >= 0, *(head.argmax(dim=1) == labels for head in scores)]).sum(dim=1)
+    seen, *right = total(counts, place).tolist()
+    if seen == 0:
         raise UsageError("none of the validation images can be read")
-    shares = (100 * counts[:3] / counts[3]).tolist()
-    names = ("class", "distillation", "fused") if getattr(network, "distilled", False) else ("class",)
-    return dict(zip(names, shares, strict=False))
+    return {head: 100 * count / seen for head, count in zip(heads, right, strict=True)}
 
 
 def count_broken(data: list[ArraySet | FolderSet], place: Place) -> int:
@@ -888,6 +898,9 @@ def check(settings: dict, place: Place) -> None:
     if settings["model"] in SIZES:
         with torch.device("meta"):  # refuses impossible sizes without building anything
             create_model(settings["model"], img_size=settings["img_size"], patch_size=settings["patch_size"])
+        grid = settings["img_size"] // settings["patch_size"]
+        if grid > 256:
+            raise UsageError(f"{grid}×{grid} patches are more than 256×256; raise --patch-size")
     weights, distils = settings["teacher_weights"], settings["distill"] in ("soft", "hard")
     if weights == "published" and distils:
         published_url(settings["teacher"])
