@@ -9,8 +9,8 @@ batches of images uint8 (B, 3, S, S) and labels int64 (B,).
 
 import importlib.util
 import json
+import os
 import random
-import signal
 import sys
 from collections.abc import Iterable, Iterator
 from functools import partial
@@ -405,10 +405,10 @@ class Crops(Dataset):
         return images, torch.tensor(labels, dtype=torch.int64), broken
 
 
-def ignore_signals(worker: int) -> None:
-    """The main process decides when to stop; its workers end when it does."""
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, signal.SIG_IGN)
+def leave_group(worker: int) -> None:
+    """Takes a worker out of reach of signals to the whole group of processes: the main process decides."""
+    if hasattr(os, "setsid"):  # which Windows lacks
+        os.setsid()
 
 
 def stream(
@@ -421,7 +421,7 @@ def stream(
         batch_size=None,
         num_workers=workers,
         pin_memory=device.type == "cuda",
-        worker_init_fn=ignore_signals,
+        worker_init_fn=leave_group,
     )
     for batch in loader:
         if isinstance(batch, UsageError):

@@ -16,6 +16,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
 from collections import Counter
 from pathlib import Path
 
@@ -1854,6 +1855,20 @@ def test_a_streamed_run_that_is_cut_off_resumes_bit_for_bit_too(tmp_path, monkey
     assert run_train(monkeypatch, *flags(words | {"out": tmp_path / "cut"}), "--resume") == 0
     whole, cut = weights_of(tmp_path / "whole"), weights_of(tmp_path / "cut")
     assert all(torch.equal(value, cut[key]) for key, value in whole.items())
+
+
+def test_a_streamed_run_stops_for_a_signal_to_all_its_processes(tmp_path):
+    write_folder(tmp_path / "data", [(300, 240), (200, 260)])
+    words = QUICK | {"data": "folder", "data_path": tmp_path / "data", "epochs": 10_000, "workers": 2}
+    command = [sys.executable, "train.py", *flags(words | {"batch_size": 4, "out": tmp_path / "run"})]
+    run = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True)
+    while not (tmp_path / "run/last.pth").exists():
+        time.sleep(0.2)
+        assert run.poll() is None
+    os.killpg(run.pid, signal.SIGTERM)
+    error = run.communicate(timeout=60)[1].decode()
+    assert (run.returncode, error.count("\n")) == (128 + signal.SIGTERM, 1)
+    assert error.startswith("stopped by SIGTERM after step ")
 
 
 @pytest.mark.parametrize("precision", ["fp16", "bf16"])
