@@ -20,6 +20,7 @@ import argparse
 import copy
 import inspect
 import json
+import os
 import re
 import sys
 import time
@@ -160,19 +161,24 @@ def class_indices(source: str, network: nn.Module, num_classes: int, names: list
 
 def open_val(
     source: str, network: nn.Module, settings: dict, arguments: argparse.Namespace, place: Place
-) -> tuple[ArraySet | FolderSet, Tensor, str]:
-    """The validation set, its labels int64 (n,) as the network numbers its classes, and what to call it."""
+) -> tuple[ArraySet | FolderSet, Tensor, str | Path]:
+    """The validation set, its labels int64 (n,) as the network numbers them, and its name or folder."""
     if arguments.val:
         if arguments.data or arguments.data_path:
             raise UsageError("--val names the validation images itself; leave out --data and --data-path")
+<<<<<<< HEAD
         root, called = Path(arguments.val).absolute(), arguments.val
         data = open_folder(root.parent, root.name, place.device)
+=======
+        called = Path(arguments.val)
+        data = open_folder(called, place.device)
+>>>>>>> evaluate
     else:
         called, path = arguments.data or settings["data"], arguments.data_path or settings["data_path"]
         data = first_alone(
             place, lambda: load_data(called, path, settings["img_size"], place.device, ("val",))[0]
         )
-        called = called if called not in ("imagenet", "folder") else str(Path(path) / "val")
+        called = Path(path) / "val" if called in ("imagenet", "folder") else called
     indices = class_indices(source, network, settings["num_classes"], data.classes)
     return data, torch.tensor(indices)[torch.as_tensor(data.labels).cpu()], called
 
@@ -201,11 +207,13 @@ def shares(hits: Tensor) -> dict[str, float]:
     return dict(zip(HEADS, (100 * hits.double().mean(dim=0)).tolist(), strict=False))
 
 
-def real_labels(path: str, root: Path) -> list[list[int]]:
+def real_labels(path: str, root: str | Path) -> list[list[int]]:
     """ImageNet-Real's labels (Beyer et al., 2020) of the images below root, in the order of a data set.
 
     The file is a list of lists of class indices, one for each ILSVRC2012_val_00000001.JPEG and so on.
     """
+    if not isinstance(root, Path):
+        raise UsageError(f"--real is about ImageNet's validation files, not {root}")
     files = [Path(file).name for file, _ in torchvision.datasets.ImageFolder(root).samples]
     try:
         labels = json.loads(Path(path).read_bytes())
@@ -231,16 +239,15 @@ def accuracy(arguments: argparse.Namespace) -> None:
     for source in arguments.checkpoints:
         network, settings = open_network(source, place)
         data, labels, called = open_val(source, network, settings, arguments, place)
+        real = real_labels(arguments.real, called) if arguments.real else []
         first = ranking(network, data, settings, place)
         hits = first == labels[:, None, None]
         say(place, printable(f"{source}: {len(data)} images of {called}"))
         say(place, f"  top-1  {headline(shares(hits[:, :, 0]))}")
         if settings["num_classes"] > 5:
             say(place, f"  top-5  {headline(shares(hits.any(dim=2)))}")
-        if arguments.real:
-            if called in DATA_NAMES:
-                raise UsageError(f"--real is about ImageNet's validation files, not {called}")
-            real, top = real_labels(arguments.real, Path(called)), first[:, :, 0].tolist()
+        if real:
+            top = first[:, :, 0].tolist()
             right = [[p in own for p in heads] for heads, own in zip(top, real, strict=True) if own]
             say(place, f"  Real   {headline(shares(torch.tensor(right)))}  ({len(right)} images)")
         if arguments.per_class:
@@ -289,7 +296,10 @@ def compare(arguments: argparse.Namespace) -> None:
         decisions += [*([] if decisions else [labels]), *first.unbind(1)]
         rows += [f"{name} {head}" if first.shape[1] > 1 else name for head in HEADS[: first.shape[1]]]
     width = max(map(len, rows)) + 3
-    say(place, f"percent of the {len(data)} images of {printable(called)} that are classified differently")
+    say(
+        place,
+        f"percent of the {len(data)} images of {printable(str(called))} that are classified differently",
+    )
     say(place, " " * width + "".join(f"{number:>6}" for number in range(len(rows))))
     for number, (row, values) in enumerate(zip(rows, disagreement(torch.stack(decisions)), strict=True)):
         cells = "".join(f"{100 * value:6.1f}" for value in values.tolist())
@@ -353,8 +363,7 @@ def count_flops(network: nn.Module, size: int) -> int:
     networks what torch's own counter sees.
     """
     if not isinstance(network, DeiT):
-        network = copy.deepcopy(network).eval().to("meta").requires_grad_(True)
-        # The counter knows no fused attention, nor the fused layers that gradients keep away.
+        network = copy.deepcopy(network).eval().to("meta")  # where nothing is computed
         with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
             network(torch.zeros(1, 3, size, size, device="meta"))
         return counter.get_total_flops()
@@ -393,12 +402,12 @@ def matmul_peak(dtype: torch.dtype, device: torch.device) -> tuple[float, int]:
     return 2 * side**3 / min(seconds(lambda: a @ b, 3, device) for _ in range(5)), side
 
 
-def largest_batch(act: Callable[[int], object], device: torch.device) -> int:
-    """The largest power of two up to 4096 on which act() does not fill the GPU's memory; else a fixed 16."""
+def largest_batch(ready: Callable[[int], Callable], device: torch.device) -> int:
+    """The largest power of two up to 4096 for which ready(batch)() fits the GPU's memory; elsewhere 16."""
     batch = 4096 if device.type == "cuda" else 16
     while device.type == "cuda" and batch > 1:
         try:
-            act(batch)
+            ready(batch)()
             synchronize(device)
             break
         except torch.OutOfMemoryError:
@@ -457,21 +466,25 @@ def throughput(arguments: argparse.Namespace) -> None:
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
     augment, generator = Augment(settings["num_classes"]), keyed_generator("throughput")
 
-    def infer(images: Tensor, labels: Tensor) -> None:
+    def infer(inputs: Tensor, labels: Tensor) -> None:
         with torch.no_grad(), autocast(settings, device):
-            model.eval()(normalize(images))
+            model(inputs)
 
-    def learn(images: Tensor, labels: Tensor) -> None:
+    def learn(inputs: Tensor, labels: Tensor) -> None:
         with autocast(settings, device):
-            loss = label_loss(model.train()(normalize(images)), labels)
+            loss = label_loss(model(inputs), labels)
         scaler.scale(loss).backward()
         scaler.step(optimizer)
         scaler.update()
         optimizer.zero_grad()
 
     def batch(count: int) -> tuple[Tensor, Tensor]:
-        labels = torch.arange(count, device=device) % settings["num_classes"]
-        return torch.zeros(count, 3, size, size, dtype=torch.uint8, device=device), labels
+        pixels = torch.randint(0, 256, (count, 3, size, size), dtype=torch.uint8, device=device)
+        return pixels, torch.arange(count, device=device) % settings["num_classes"]
+
+    def ready(act: Callable, count: int) -> Callable:
+        pixels, labels = batch(count)
+        return partial(act, normalize(pixels), labels)
 
     name = torch.cuda.get_device_name() if device.type == "cuda" else f"{torch.get_num_threads()} threads"
     flops, parameters = count_flops(network, size), sum(p.numel() for p in network.parameters())
@@ -482,16 +495,17 @@ def throughput(arguments: argparse.Namespace) -> None:
     peak, side = matmul_peak(dtype, device)
     print(f"peak          {peak / 1e12:.3g} TFLOP/s, the best of 5 products of {side} × {side} matrices")
     for word, act, cost in (("inference", infer, flops), ("training", learn, 3 * flops)):
-        count = arguments.batch_size or largest_batch(lambda n, act=act: act(*batch(n)), device)
+        model.train(act is learn)
+        count = arguments.batch_size or largest_batch(partial(ready, act), device)
         if device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(device)
-        rate = count / seconds(partial(act, *batch(count)), runs, device)
+        rate = count / seconds(ready(act, count), runs, device)
         print(
             f"{word:12}  {rate:.1f} images/s, batch {count}, mean of {runs} runs; {rate * cost / 1e12:.3g} "
             f"TFLOP/s, {100 * rate * cost / peak:.1f} % of the peak; {peak_memory(device)}",
             flush=True,
         )
-    rate = count / seconds(lambda: augment(*batch(count), generator), runs, device)
+    rate = count / seconds(partial(augment, *batch(count), generator), runs, device)
     print(f"augmentation  {rate:.1f} images/s, batch {count}, mean of {runs} runs")
 
 
@@ -596,7 +610,7 @@ def image_paths(words: list[str]) -> Iterator[str]:
     """The images that the words name: files, folders (all images below, sorted), `-` for paths on stdin."""
     for word in words:
         if word == "-":
-            yield from (line.rstrip("\r\n") for line in sys.stdin if line.strip())
+            yield from (os.fsdecode(line.rstrip(b"\r\n")) for line in sys.stdin.buffer if line.strip())
         elif Path(word).is_dir():
             endings = torchvision.datasets.folder.IMG_EXTENSIONS
             found = sorted(str(path) for path in Path(word).rglob("*") if path.suffix.lower() in endings)

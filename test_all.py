@@ -5,6 +5,7 @@ finite differences, a second way of computing.
 """
 
 import ast
+import io
 import json
 import math
 import multiprocessing
@@ -28,6 +29,8 @@ import torchvision
 from PIL import Image, ImageEnhance, ImageFilter, ImageOps
 from torch import nn
 from torch.distributed.run import get_args_parser as torchrun_parser
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
 
 import augment
 import data
@@ -1531,6 +1534,35 @@ def test_pictures_of_every_kind_are_read_upright_and_rgb(tmp_path):
         )
 
 
+def test_16_bits_of_grey_are_scaled_and_transparent_pictures_lie_on_white(tmp_path):
+    grey = np.arange(96, dtype=np.uint16).reshape(8, 12) * 690
+    Image.fromarray(grey).save(tmp_path / "grey.png")
+    Image.fromarray(grey.astype(np.int32)).save(tmp_path / "grey.tiff")
+    for name in ("grey.png", "grey.tiff"):
+        assert np.array_equal(np.asarray(read_image(tmp_path / name)), np.stack([grey // 256] * 3, axis=2))
+    picture = Image.new("RGBA", (2, 1), (200, 0, 0, 255))
+    picture.putpixel((1, 0), (0, 0, 0, 0))
+    picture.save(tmp_path / "RGBA.png")
+    picture.quantize(4).save(tmp_path / "P.png")
+    for name in ("RGBA.png", "P.png"):
+        image = read_image(tmp_path / name)
+        assert [image.getpixel((x, 0)) for x in (0, 1)] == [(200, 0, 0), (255, 255, 255)]
+    Image.new("LA", (1, 1), (100, 102)).save(tmp_path / "LA.png")
+    assert read_image(tmp_path / "LA.png").getpixel((0, 0)) == (193, 193, 193)  # 0.4 · 100 + 0.6 · 255
+    Image.fromarray(np.full((2, 2), 0.5, np.float32)).save(tmp_path / "F.tiff")
+    with pytest.raises(UsageError, match="no known range; save it with 8 or 16 bits"):
+        read_image(tmp_path / "F.tiff")
+
+
+def test_a_very_long_image_is_cropped_as_its_centre_is():
+    pixels = np.random.default_rng(0).integers(0, 256, (3, 20_000, 3), dtype=np.uint8)
+    centre = Image.fromarray(pixels[:, 9_976:10_024])
+    for turn in (lambda image: image, lambda image: image.transpose(Image.Transpose.ROTATE_90)):
+        assert torch.equal(
+            crop_file(turn(Image.fromarray(pixels)), 16, None), crop_file(turn(centre), 16, None)
+        )
+
+
 def test_a_broken_image_is_named_even_by_a_worker(tmp_path):
     data = load_data("folder", str(write_folder(tmp_path, [(50, 40), (30, 60)])), 24, CPU)[0]
     (tmp_path / "train/bee/3.png").write_bytes(b"no picture")
@@ -2736,15 +2768,162 @@ def test_without_a_run_to_start_from_fine_tuning_says_how_to_make_one(tmp_path, 
     assert "make one with: torchrun train.py --model tiny --distill hard" in capsys.readouterr().err
 
 
+def run_evaluate(monkeypatch, *words):
+    """What `python evaluate.py WORDS` does, in this process; the exit code."""
+    monkeypatch.setattr("sys.argv", ["evaluate.py", *map(str, words)])
+    try:
+        program(measure.main)
+    except SystemExit as ended:
+        return ended.code
+    return 0
+
+
+def save_network(path, classes, distilled=True, **changed):
+    """A checkpoint of a network whose heads are large enough to decide differently on different images."""
+    settings = complete(QUICK | {"distill": "label" if distilled else "none"} | changed)
+    torch.manual_seed(len(str(changed)))
+    model = build_network(settings, len(classes)).eval()
+    for head in (model.head, model.head_dist) if distilled else (model.head,):
+        head.weight.data.normal_()
+    torch.save({"model": model.state_dict(), "settings": settings | {"classes": classes}}, path)
+    return model
+
+
+def inputs_of(path, size=16):
+    return train.normalize(crop_file(read_image(path), size, None)[None])
+
+
 def test_evaluate_repeats_the_accuracy_that_training_ended_with(tmp_path, monkeypatch, few_shapes, capsys):
     assert run_train(monkeypatch, *flags(QUICK | {"distill": "label", "out": tmp_path / "run"})) == 0
     ended = read_checkpoint(tmp_path / "run/last.pth")["progress"]["log"][-1]["accuracy"]
     capsys.readouterr()
-    monkeypatch.setattr(
-        "sys.argv", ["evaluate.py", "accuracy", str(tmp_path / "run/last.pth"), "--device", "cpu"]
-    )
-    measure.main()
-    assert capsys.readouterr().out == f"{tmp_path}/run/last.pth: {headline(ended)}\n"
+    assert run_evaluate(monkeypatch, "accuracy", tmp_path / "run/last.pth", "--device", "cpu") == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[:2] == [f"{tmp_path}/run/last.pth: 20 images of shapes", f"  top-1  {headline(ended)}"]
+
+
+def test_of_equal_scores_the_class_of_lower_index_comes_first(monkeypatch):
+    scores = torch.tensor([[0, 1, 1, 0, 0, 0, 0.0], [2, 2, 2, 2, 2, 2, 2], [7, 6, 5, 4, 3, 2, 1]])
+    network, data = nn.Identity(), ArraySet(torch.zeros(3, 3, 8, 8), torch.zeros(3), [])
+    monkeypatch.setattr(measure, "head_scores", lambda *_: iter([(None, [scores[:2]]), (None, [scores[2:]])]))
+    first = measure.ranking(network, data, {"num_classes": 7}, ALONE)
+    assert first[:, 0].tolist() == [[1, 2, 0, 3, 4], [0, 1, 2, 3, 4], [0, 1, 2, 3, 4]]
+    hits = first == torch.tensor([3, 5, 4])[:, None, None]  # 4th, then 6th and last but one, then 5th
+    assert measure.shares(hits.any(dim=2)) == pytest.approx({"class": 200 / 3})
+
+
+@pytest.fixture
+def odd_folder(tmp_path):
+    """A network of 7 classes and 11 images of two of them."""
+    classes = ["wasp", "ant", "fly", "bee", "moth", "bug", "tick"]
+    model = save_network(tmp_path / "net.pth", classes)
+    write_folder(tmp_path / "images", [(50, 40), (30, 60)], splits=("val",))
+    (tmp_path / "images/val/bee/2.png").unlink()
+    return tmp_path, model
+
+
+def test_accuracy_is_the_share_of_right_images_on_one_process_and_on_two(odd_folder, monkeypatch, capsys):
+    path, model = odd_folder
+    files = sorted((path / "images/val").rglob("*.png"))
+    labels = torch.tensor([{"ant": 1, "bee": 3}[file.parent.name] for file in files])
+    with torch.no_grad():
+        pairs = [model(inputs_of(file)) for file in files]
+    heads = {"class": torch.cat([a for a, _ in pairs]), "distillation": torch.cat([b for _, b in pairs])}
+    heads["fused"] = heads["class"].softmax(1) + heads["distillation"].softmax(1)
+    told = ["", ""]
+    for head, scores in heads.items():
+        order = scores.topk(5).indices == labels[:, None]
+        told[0] += f"  {head} {100 * order[:, 0].float().mean():.2f} %"
+        told[1] += f"  {head} {100 * order.any(1).float().mean():.2f} %"
+    words = ["accuracy", str(path / "net.pth"), "--val", str(path / "images/val"), "--per-class"]
+    assert run_evaluate(monkeypatch, *words) == 0
+    alone = capsys.readouterr().out
+    lines = alone.splitlines()
+    assert lines[0].endswith(f"net.pth: 11 images of {path}/images/val")
+    assert lines[1:3] == [f"  top-1{told[0]}", f"  top-5{told[1]}"]
+    assert [line.split()[0] for line in lines[4:]] == ["6", "5"]
+    assert [line.split()[-1] for line in lines[4:]] == ["ant", "bee"]
+    right = (heads["fused"].argmax(1) == labels)[labels == 3].double().mean()
+    assert lines[5].split()[3] == f"{100 * right:.2f}"
+    start = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "evaluate.py"]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    both = subprocess.run([*start, *words], env=environment, check=True, capture_output=True, timeout=120)
+    assert both.stdout.decode() == alone
+
+
+def test_classes_go_by_name_then_by_number_then_by_place():
+    network = nn.Identity()
+
+    def indices(classes, count, names):
+        network.classes = classes
+        return measure.class_indices("net.pth", network, count, names)
+
+    assert indices(["a", "b", "c"], 3, ["c", "a"]) == [2, 0]
+    assert indices(["1", "10", "2"], 3, ["1", "10", "2"]) == [0, 1, 2]  # a data set whose names are numbers
+    assert indices(None, 12, ["0", "1", "10", "11", "2"]) == [0, 1, 10, 11, 2]  # ImageNet-V2
+    assert indices([f"n{i:08}" for i in range(1000)], 1000, ["1", "999", "5"]) == [1, 999, 5]
+    assert indices(None, 2, ["x", "y"]) == [0, 1]
+    for classes, count, names in ((["a", "b"], 2, ["0", "1"]), (None, 3, ["3"]), (["a", "b"], 2, ["a", "z"])):
+        with pytest.raises(UsageError, match="net.pth knows"):
+            indices(classes, count, names)
+
+
+def test_imagenet_real_takes_any_of_an_images_labels_and_skips_images_without(
+    odd_folder, monkeypatch, capsys
+):
+    path, model = odd_folder
+    files = [path / "images/val/ant" / f"ILSVRC2012_val_0000000{n}.png" for n in (4, 1, 3)]
+    for number, file in enumerate(files):
+        (path / "images/val/ant" / f"{number}.png").rename(file)
+    for other in (path / "images/val").rglob("?.png"):
+        other.unlink()
+    (path / "images/val/bee").rmdir()
+    with torch.no_grad():
+        four, one, three = (int(model(inputs_of(file))[0].argmax()) for file in files)
+    # image 1 is wrong, 2 is not there, 3 has no label, 4 has two and one is what the class head says
+    real = [[(one + 1) % 7], [0], [], [(four + 1) % 7, four]]
+    (path / "real.json").write_text(json.dumps(real))
+    words = ["accuracy", path / "net.pth", "--val", path / "images/val", "--real", path / "real.json"]
+    assert run_evaluate(monkeypatch, *words) == 0
+    line = next(line for line in capsys.readouterr().out.splitlines() if "Real" in line)
+    assert line.startswith("  Real   class 50.00 %")
+    assert line.endswith("(2 images)")
+    (path / "real.json").write_text("[[1]]")
+    assert run_evaluate(monkeypatch, *words) == 2
+    assert "ILSVRC2012_val_*" in capsys.readouterr().err
+
+
+def test_disagreement_is_the_share_of_images_decided_differently():
+    truth, first, second = [0, 1, 2, 0, 1, 2], [0, 1, 2, 0, 0, 0], [1, 1, 2, 0, 2, 0]
+    expected = torch.tensor([[0, 2, 3], [2, 0, 2], [3, 2, 0]]) / 6
+    torch.testing.assert_close(measure.disagreement(torch.tensor([truth, first, second])).float(), expected)
+
+
+def test_compare_has_a_row_for_the_truth_and_each_head(tmp_path, monkeypatch, few_shapes, capsys):
+    for name, distilled in (("a", False), ("b", True)):
+        (tmp_path / name).mkdir()
+        save_network(tmp_path / name / "last.pth", list(draw_shapes("val", 1, 8, CPU).classes), distilled)
+    words = [tmp_path / "a/last.pth", tmp_path / "b/last.pth", "--device", "cpu"]
+    assert run_evaluate(monkeypatch, "compare", *words) == run_evaluate(monkeypatch, "accuracy", *words) == 0
+    lines = capsys.readouterr().out.splitlines()
+    rows = [re.fullmatch(r"(\d) (.*?)  +([\d. ]+)", line).groups() for line in lines[2:7]]
+    assert [row[1] for row in rows] == ["ground truth", "a", "b class", "b distillation", "b fused"]
+    matrix = np.array([row[2].split() for row in rows], dtype=float)
+    assert np.array_equal(matrix, matrix.T)
+    assert not matrix.diagonal().any()
+    right = [
+        float(share) for line in lines[7:] if "top-1" in line for share in re.findall(r"([\d.]+) %", line)
+    ]
+    assert matrix[0, 1:].tolist() == pytest.approx([100 - share for share in right])
+    save_network(tmp_path / "c.pth", ["x", "y"])
+    assert run_evaluate(monkeypatch, "compare", words[0], tmp_path / "c.pth") == 2
+    assert "knows other classes than the data set's: 'circle'" in capsys.readouterr().err
+
+
+def test_names_are_the_shortest_that_tell_paths_apart():
+    names = measure.short_names(["runs/a/last.pth", "runs/b/last.pth", "deit_tiny", "x/a/best.pth"])
+    assert names == ["a", "b", "deit_tiny", "best.pth"]
+    assert measure.short_names(["x/a/last.pth", "y/a/last.pth"]) == ["x/a", "y/a"]
 
 
 def test_token_cosines_are_those_of_the_embeddings_after_each_block(
@@ -2771,6 +2950,198 @@ def test_token_cosines_are_those_of_the_embeddings_after_each_block(
     printed = [float(word) for word in capsys.readouterr().out.splitlines()[-1].split()]
     assert len(printed) == 12
     np.testing.assert_allclose(printed[:-1], expected, atol=6e-4)
+
+
+@pytest.mark.parametrize("size", [224, 384])
+@pytest.mark.parametrize("distilled", [False, True])
+@pytest.mark.parametrize("name", ["tiny", "small", "base"])
+def test_flops_are_those_that_torch_counts(name, distilled, size):
+    with torch.device("meta"):
+        model = create_model(name, distilled=distilled, img_size=size, num_classes=100)
+        with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
+            model(torch.zeros(1, 3, size, size))
+    assert measure.count_flops(model, size) == counter.get_total_flops()
+
+
+def test_flops_of_convnets_and_fused_transformers_are_the_published_ones():
+    for name, giga in (("resnet18", 1.814), ("vit_b_32", 4.409)):  # multiply-adds at 224, torchvision's table
+        with torch.device("meta"):
+            network = torchvision.models.get_model(name)
+        assert measure.count_flops(network, 224) == pytest.approx(2e9 * giga, rel=0.01)
+
+
+@pytest.mark.parametrize("model", ["tiny", "resnet18"])
+def test_throughput_tells_rates_and_the_share_of_the_peak(monkeypatch, capsys, model):
+    timed = []
+    monkeypatch.setattr(
+        measure, "seconds", lambda act, runs, device: act() and 0 or timed.append(runs) or 0.5
+    )
+    monkeypatch.setattr(measure, "matmul_peak", lambda dtype, device: (1e10, 1024))
+    words = ["--model", model, "--img-size", "32", "--batch-size", "4", "--runs", "7", "--device", "cpu"]
+    assert run_evaluate(monkeypatch, "throughput", *words) == 0
+    inference, training, augmentation = capsys.readouterr().out.splitlines()[2:]
+    assert timed == [7, 7, 7]
+    fresh = create_model("tiny", img_size=32) if model == "tiny" else train.create_convnet(model, 1000, 32)
+    flops = measure.count_flops(fresh, 32)
+    for line, cost in ((inference, flops), (training, 3 * flops)):
+        assert "  8.0 images/s, batch 4, mean of 7 runs" in line
+        assert f"{8 * cost / 1e12:.3g} TFLOP/s, {100 * 8 * cost / 1e10:.1f} % of the peak" in line
+        assert "high-water mark" in line
+    assert augmentation.startswith("augmentation  8.0 images/s")
+
+
+def test_the_largest_batch_is_the_largest_power_of_two_that_fits(monkeypatch):
+    for name in ("synchronize", "empty_cache"):
+        monkeypatch.setattr(torch.cuda, name, lambda *_: None)
+
+    def ready(batch):
+        def act():
+            if batch > 200:
+                raise torch.OutOfMemoryError
+
+        return act
+
+    assert measure.largest_batch(ready, torch.device("cuda")) == 128
+    assert measure.largest_batch(ready, CPU) == 16
+
+
+@pytest.mark.parametrize("distilled", [False, True])
+def test_attention_maps_are_the_front_tokens_softmax_over_the_patches_and_their_rollout(distilled):
+    torch.manual_seed(0)
+    model = create_model("tiny", img_size=24, patch_size=8, distilled=distilled, num_classes=3).eval()
+    for block in model.blocks:
+        block.attn.qkv.weight.data.mul_(8)
+    inputs, rows, front = torch.randn(2, 3, 24, 24), [], 2 if distilled else 1
+    x = model.embed(inputs)
+    for block in model.blocks:
+        q, k = block.attn.qkv(block.norm1(x)).reshape(2, -1, 3, 3, 64)[:, :, :2].permute(2, 0, 3, 1, 4)
+        rows.append(torch.exp(q @ k.mT / 8) / torch.exp(q @ k.mT / 8).sum(-1, keepdim=True))
+        x = block(x)
+    heads, rollout = measure.attention_maps(model, inputs, layer=5)
+    assert heads.shape == (2, front, 3, 3, 3)
+    assert rollout.shape == (2, front, 3, 3)
+    for maps in (heads, rollout):
+        torch.testing.assert_close(maps.sum(dim=(-1, -2)), torch.ones(maps.shape[:-2]))
+    patches = rows[4][:, :, :front, front:]
+    patches = (patches / patches.sum(-1, keepdim=True)).transpose(1, 2).unflatten(-1, (3, 3))
+    torch.testing.assert_close(heads, patches, rtol=1e-4, atol=1e-6)
+    product = torch.eye(9 + front)
+    for row in rows[:5]:  # later layers multiply from the left
+        product = torch.matmul(0.5 * row.mean(1) + 0.5 * torch.eye(9 + front), product)
+    rolled = product[:, :front, front:]
+    rolled = (rolled / rolled.sum(-1, keepdim=True)).unflatten(-1, (3, 3))
+    torch.testing.assert_close(rollout, rolled, rtol=1e-4, atol=1e-6)
+
+
+def test_the_attention_picture_has_a_row_for_each_token_and_a_column_for_each_head(
+    tmp_path, monkeypatch, capsys
+):
+    save_network(tmp_path / "net.pth", ["a", "b"])
+    Image.new("RGB", (300, 200), (10, 200, 30)).save(tmp_path / "photo.png")
+    words = [tmp_path / "net.pth", tmp_path / "photo.png", "--out", tmp_path / "out.png"]
+    assert run_evaluate(monkeypatch, "attention", *words) == 0
+    with Image.open(tmp_path / "out.png") as picture:
+        assert picture.size == (80 + 5 * 116, 2 * 138)
+        assert picture.getpixel((100, 50)) == picture.getpixel((100, 188)) == (10, 200, 30)
+    heat = measure.overlay(Image.new("RGB", (40, 40)), torch.tensor([[0.0, 0.3], [0.3, 0.4]]))
+    low, high = (np.array(heat.getpixel(at)) for at in ((2, 2), (37, 37)))
+    assert high[:2].min() > 2 * low[2]  # yellow where most is, dark blue where nothing is
+    assert run_evaluate(monkeypatch, "attention", *words, "--layer", "13") == 2
+    assert "the network has 12 layers" in capsys.readouterr().err
+
+
+def test_predictions_are_each_heads_softmax_and_their_mean(tmp_path, monkeypatch, capsys):
+    model = save_network(tmp_path / "net.pth", ["a", "b", "c"])
+    picture = Image.fromarray(np.random.default_rng(0).integers(0, 256, (40, 30, 3), dtype=np.uint8))
+    (tmp_path / "deep/a").mkdir(parents=True)
+    for name in ("deep/a/2.png", "deep/b.JPG", "3.png"):
+        picture.save(tmp_path / name)
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(f"{tmp_path}/3.png\n\n".encode())))
+    assert run_evaluate(monkeypatch, "predict", tmp_path / "net.pth", tmp_path / "deep", "-", "--json") == 0
+    records = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert [r["image"] for r in records] == [
+        f"{tmp_path}/{n}" for n in ("deep/a/2.png", "deep/b.JPG", "3.png")
+    ]
+    with torch.no_grad():
+        first, second = (logits[0].softmax(0) for logits in model(inputs_of(tmp_path / "3.png")))
+    for head, expected in (("class", first), ("distillation", second), ("fused", (first + second) / 2)):
+        told = records[2][head]
+        assert [each["name"] for each in told] == ["abc"[i] for i in expected.argsort(descending=True)]
+        assert [each["probability"] for each in told] == pytest.approx(
+            expected.sort(descending=True)[0].tolist()
+        )
+    assert run_evaluate(monkeypatch, "predict", tmp_path / "net.pth", tmp_path / "3.png", "--top", "1") == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0] == str(tmp_path / "3.png")
+    assert lines[1].split() == ["class", "abc"[first.argmax()], f"{100 * first.max():.1f}", "%"]
+
+
+def test_odd_images_are_predicted_or_told_in_one_line_each(tmp_path, monkeypatch, capsys):
+    save_network(tmp_path / "net.pth", ["a", "tab\there"], distilled=False)
+    (tmp_path / "text.jpg").write_text("no picture")
+    (tmp_path / "empty").mkdir()
+    pictures = {"1x1.png": ("RGB", (1, 1)), "wide.png": ("L", (20_000, 2)), "cmyk.jpg": ("CMYK", (9, 9))}
+    pictures |= {"new\nline é\x1b.png": ("P", (9, 9)), "16.png": ("I;16", (9, 9)), "la.png": ("LA", (9, 9))}
+    for name, (mode, size) in pictures.items():
+        Image.new(mode, size).save(tmp_path / name)
+    files = [tmp_path / name for name in ("text.jpg", "missing.png", *pictures)]
+    assert run_evaluate(monkeypatch, "predict", tmp_path / "net.pth", *files) == 2
+    out, errors = capsys.readouterr()
+    assert [line.split(" is ")[0] for line in errors.splitlines()] == [f"error: {file}" for file in files[:2]]
+    assert len(out.splitlines()) == 2 * len(pictures)
+    assert r"new\nline é\x1b.png" in out
+    assert r"tab\there" in out
+    assert run_evaluate(monkeypatch, "predict", tmp_path / "net.pth", tmp_path / "empty") == 2
+    assert capsys.readouterr().err == f"error: there are no images below {tmp_path}/empty\n"
+
+
+def write_log(run, epochs):
+    run.mkdir()
+    accuracies = ({"class": 10.0 + n, "distillation": 12.0 + n, "fused": 13.0 + n} for n in range(epochs))
+    records = [{"epoch": n + 1, "loss": 2.0 / (n + 1), "accuracy": each} for n, each in enumerate(accuracies)]
+    (run / "log.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+
+
+def test_curves_are_drawn_from_the_logs_of_runs(tmp_path, monkeypatch, capsys):
+    pytest.importorskip("matplotlib")
+    from matplotlib.figure import Figure
+
+    write_log(tmp_path / "first", 3)
+    write_log(tmp_path / "sec$nd", 5)
+    figures = []
+    save = Figure.savefig
+    monkeypatch.setattr(Figure, "savefig", lambda self, *a, **k: figures.append(self) or save(self, *a, **k))
+    words = [tmp_path / "first", tmp_path / "sec$nd", "--out", tmp_path / "curves.png"]
+    assert run_evaluate(monkeypatch, "curves", *words) == 0
+    left, right = figures[0].axes
+    assert left.lines[1].get_ydata().tolist() == pytest.approx([2, 1, 2 / 3, 1 / 2, 2 / 5])
+    assert [line.get_ydata()[0] for line in right.lines] == [10, 12, 13] * 2
+    assert {len(line.get_xdata()) for line in right.lines[:3]} == {3}
+    with Image.open(tmp_path / "curves.png") as picture:
+        assert picture.width > 2 * picture.height
+    (tmp_path / "first/log.jsonl").write_text("{}\n")
+    for run, message in (("first", "is not the log of a run"), ("nowhere", "name a run's directory")):
+        assert run_evaluate(monkeypatch, "curves", tmp_path / run) == 2
+        assert message in capsys.readouterr().err
+
+
+def test_curves_without_matplotlib_are_one_clear_line(tmp_path, monkeypatch, capsys):
+    write_log(tmp_path / "run", 3)
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    assert run_evaluate(monkeypatch, "curves", tmp_path / "run") == 2
+    assert capsys.readouterr().err == (
+        "error: curves needs matplotlib, which is not installed; pip install matplotlib\n"
+    )
+
+
+def test_every_word_has_an_example_in_its_help_and_in_the_readme(monkeypatch, capsys):
+    words = ["accuracy", "compare", "tokens", "throughput", "attention", "predict", "curves", "augmentations"]
+    readme = Path("README.md").read_text()
+    for word in words:
+        assert run_evaluate(monkeypatch, word, "--help") == 0
+        examples = capsys.readouterr().out.partition("examples:")[2]
+        assert f"evaluate.py {word} " in examples
+        assert f"evaluate.py {word} " in readme
 
 
 def test_the_contact_sheet_shows_every_operation(tmp_path, monkeypatch):
