@@ -262,25 +262,23 @@ HELD_BYTES = 2**30  # a set of equally large images that needs less than this is
 
 
 def open_folder(
-    root: Path, split: str, device: torch.device, skip_broken: bool = False
+    folder: Path, device: torch.device, skip_broken: bool = False, train: Path | None = None
 ) -> ArraySet | FolderSet:
-    """The images below root/SPLIT/CLASS/: held if they are all of one size and small together, else streamed.
+    """The images in FOLDER/CLASS/*: held if they are all of one size and small together, else streamed.
 
-    The classes are those of root/train, which must all have images; another split may lack some of them.
+    With `train` the classes are those of that folder, of which this one may lack some; there none is empty.
     """
     try:
-        found = torchvision.datasets.ImageFolder(root / split, allow_empty=split != "train")
-        classes = found.classes
-        if (root / "train").is_dir():
-            classes = torchvision.datasets.folder.find_classes(root / "train")[0]
+        found = torchvision.datasets.ImageFolder(folder, allow_empty=folder != train)
+        classes = torchvision.datasets.folder.find_classes(train)[0] if train else found.classes
     except OSError as error:
         raise UsageError(
-            f"no images in class folders below {root / split}: {' '.join(str(error).split())}"
+            f"no images in class folders below {folder}: {' '.join(str(error).split())}"
         ) from error
     odd = sorted(set(found.classes) - set(classes))
     if odd or not found.samples:
         reason = f"the class {odd[0]!r}, which train has not" if odd else "no images"
-        raise UsageError(f"there is {reason}, in {root / split}")
+        raise UsageError(f"there is {reason}, in {folder}")
     paths = [path for path, _ in found.samples]
     labels = [classes.index(found.classes[label]) for _, label in found.samples]
     streamed = FolderSet(paths, labels, classes, skip_broken)
@@ -302,7 +300,7 @@ def open_folder(
         images[len(kept)] = image
         kept.append(label)
     if images is None:
-        raise UsageError(f"none of the images in {root / split} can be read")
+        raise UsageError(f"none of the images in {folder} can be read")
     return ArraySet(images[: len(kept)].to(device), torch.tensor(kept, device=device), classes, broken)
 
 
@@ -343,7 +341,8 @@ def load_data(
             raise UsageError(
                 f"there is no folder {Path(path) / split}; --data-path must hold train/CLASS/*, val/CLASS/*"
             )
-    return [open_folder(Path(path), split, device, skip_broken) for split in splits]
+    train = Path(path) / "train" if (Path(path) / "train").is_dir() else None
+    return [open_folder(Path(path) / split, device, skip_broken, train) for split in splits]
 
 
 # ---- Batches ----

@@ -166,13 +166,8 @@ def open_val(
     if arguments.val:
         if arguments.data or arguments.data_path:
             raise UsageError("--val names the validation images itself; leave out --data and --data-path")
-<<<<<<< HEAD
-        root, called = Path(arguments.val).absolute(), arguments.val
-        data = open_folder(root.parent, root.name, place.device)
-=======
         called = Path(arguments.val)
         data = open_folder(called, place.device)
->>>>>>> evaluate
     else:
         called, path = arguments.data or settings["data"], arguments.data_path or settings["data_path"]
         data = first_alone(
