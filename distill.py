@@ -85,14 +85,15 @@ def check_name(name: str) -> None:
         )
 
 
-def try_network(name: str, img_size: int) -> None:
-    """Raises UsageError unless torchvision's classifier takes images of this size."""
+def try_network(name: str, img_size: int, training: bool = False) -> None:
+    """Raises UsageError unless a convnet takes one image of this size, in training or in evaluation."""
     try:
         with torch.no_grad():
-            create_convnet(name, 10, img_size).eval()(torch.zeros(1, 3, img_size, img_size))
+            create_convnet(name, 10, img_size).train(training)(torch.zeros(1, 3, img_size, img_size))
     except (RuntimeError, AssertionError, ValueError, TypeError) as error:
         reason = (str(error).strip().splitlines() or [""])[0]
-        raise UsageError(f"{name} cannot be used on images of {img_size} pixels: {reason}") from error
+        what = f"learn from single images of {img_size}" if training else f"be used on images of {img_size}"
+        raise UsageError(f"{name} cannot {what} pixels: {reason}") from error
 
 
 def create_convnet(name: str, num_classes: int, img_size: int) -> nn.Module:

@@ -2103,6 +2103,7 @@ MISTAKES = {
     "--distill hard --teacher-weights http://127.0.0.1:9/teacher.pth": "could not download http://127.0.0.1:9",
     "--distill hard --teacher regnet_y_4gf --teacher-weights published": "torchvision has no weights",
     "--model maxvit_t": "maxvit_t cannot be used on images of 32 pixels",
+    "--model regnet_y_200mf --img-size 4 --batch-size 1": "cannot learn from single images of 4 pixels",
     "--out /proc/nowhere": "choose another --out",
     "--out notes.txt/run": "cannot make the directory notes.txt/run: Not a directory; choose another --out",
 }

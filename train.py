@@ -912,8 +912,13 @@ def check(settings: dict, place: Place) -> None:
         )
     if settings["warmup_epochs"] >= settings["epochs"]:
         raise UsageError(f"--warmup-epochs must be less than --epochs, {settings['epochs']}")
-    for name in {settings["model"], settings["teacher"] if distils else "tiny"} - {*SIZES, *REGNETY}:
+    trained = {settings["model"]} | ({settings["teacher"]} if distils and not weights else set())
+    for name in (trained | ({settings["teacher"]} if distils else set())) - {*SIZES, *REGNETY}:
         try_network(name, settings["img_size"])
+    for name in (
+        trained - {*SIZES} if settings["batch_size"] == parts else ()
+    ):  # BatchNorm over a single image
+        try_network(name, settings["img_size"], training=True)
     prepare_directory(Path(settings["out"]))
     if settings["data"] in ("folder", "imagenet") and not Path(settings["data_path"]).is_dir():
         raise UsageError(f"there is no folder {settings['data_path']}; name the data set's with --data-path")
