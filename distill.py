@@ -8,6 +8,7 @@ teaches the class token and the teacher teaches the distillation token.
 """
 
 import math
+import pickle
 import re
 import urllib.error
 import zipfile
@@ -141,6 +142,11 @@ def read_checkpoint(source: str | Path) -> dict:
         reason = getattr(error, "reason", error)
         raise UsageError(
             f"could not download {source}: {reason}; check the address and the network"
+        ) from None
+    except pickle.UnpicklingError:
+        raise UsageError(
+            f"{source} is not a checkpoint that can be read safely: it holds something else than weights and "
+            "settings, or is damaged"
         ) from None
     except Exception as error:  # a damaged file can make the reader raise anything
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]

@@ -1062,6 +1062,9 @@ def program(main: Callable[[], None]) -> None:
         end(text, 128 + number) if first else sys.exit(128 + number)
     except KeyboardInterrupt:
         end("error: interrupted", 128 + signal.SIGINT)
+    except BrokenPipeError:  # the reader of our output, head for instance, has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(128 + signal.SIGPIPE)
     except (RuntimeError, MemoryError) as error:
         if isinstance(error, MemoryError | torch.OutOfMemoryError) or "can't allocate memory" in str(error):
             end("error: out of memory; lower --batch-size or raise --accumulate", 2)
