@@ -1492,7 +1492,7 @@ def test_the_processes_of_a_step_share_what_one_process_would_take(tmp_path):
 def test_an_images_repeats_are_decoded_once_and_cropped_differently(tmp_path, monkeypatch):
     data = load_data("folder", str(write_folder(tmp_path, [(50, 40), (30, 60)])), 24, CPU)[0]
     reads = []
-    monkeypatch.setattr("data.read_image", lambda path: reads.append(path) or read_image(path))
+    monkeypatch.setattr("data.read_image", lambda path, enough: reads.append(path) or read_image(path))
     images = collect(data, 0, 1, repeats=3, batch=12)[0][0]
     assert len(reads) == len(set(reads)) == 4
     assert len({image.numpy().tobytes() for image in images}) == 12
@@ -1561,6 +1561,17 @@ def test_a_very_long_image_is_cropped_as_its_centre_is():
         assert torch.equal(
             crop_file(turn(Image.fromarray(pixels)), 16, None), crop_file(turn(centre), 16, None)
         )
+
+
+def test_large_photographs_are_decoded_at_a_size_that_is_enough(tmp_path):
+    pixels = np.random.default_rng(0).integers(0, 256, (40, 60, 3), dtype=np.uint8)
+    image = Image.fromarray(pixels).resize((1200, 800), Image.Resampling.BICUBIC)
+    image.save(tmp_path / "photo.jpg", quality=95)
+    sizes = [read_image(tmp_path / "photo.jpg", enough).size for enough in (None, 401, 400, 201, 200, 1)]
+    assert sizes == [(1200, 800)] * 2 + [(600, 400)] * 2 + [(300, 200), (150, 100)]
+    full, quarter = (read_image(tmp_path / "photo.jpg", enough) for enough in (None, 200))
+    full = full.resize((300, 200), Image.Resampling.BOX)
+    assert np.abs(np.asarray(full, int) - np.asarray(quarter, int)).mean() < 2
 
 
 def test_a_broken_image_is_named_even_by_a_worker(tmp_path):
