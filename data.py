@@ -392,7 +392,7 @@ class Crops(Dataset):
             if index != last:  # repeated augmentation puts an image's repeats side by side: decode it once
                 last, image = index, None
                 try:
-                    # The smallest crop, 8 % of the area, has about a quarter of a side: it still fills the output
+                    # The smallest crop, 8 % of the area, has a quarter of a side or more: it fills the output
                     enough = None if key is None else 4 * self.size
                     image = read_image(self.data.paths[index], enough)
                 except UsageError as error:
