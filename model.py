@@ -117,7 +117,8 @@ class DropPath(nn.Module):
             return x[:, :front] + branch(x)
         scale, keep = 1 / (1 - self.rate), torch.rand(len(x), 1, 1, device=x.device) >= self.rate
         if x.device.type != "cpu" or keep.all():
-            return x[:, :front] + branch(x) * (keep * scale)
+            out = branch(x)
+            return x[:, :front] + out * (keep * scale).to(out.dtype)
         # A CPU computes only what is kept. On a GPU that would wait for the draw, and cut a compiled graph.
         kept = keep.flatten().nonzero().flatten()
         return x[:, :front].index_add(0, kept, branch(x[kept]).to(x.dtype), alpha=scale)
