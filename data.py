@@ -499,9 +499,13 @@ def eval_batches(
 
 
 if __name__ == "__main__":
+    path = sys.argv[1] if len(sys.argv) > 1 else "shapes.png"
     sheet = Image.new("RGB", (12 * 36, 10 * 36), "white")
     for i in range(120):
         sheet.paste(draw_shape(0, "train", i, 32)[0], (i // 10 * 36 + 2, i % 10 * 36 + 2))
-    sheet.resize((864, 720), Image.Resampling.NEAREST).save(
-        sys.argv[1] if len(sys.argv) > 1 else "shapes.png"
-    )
+    try:
+        sheet.resize((864, 720), Image.Resampling.NEAREST).save(path)
+    except (OSError, ValueError) as error:
+        print(f"error: could not write the picture {path}: {error}", file=sys.stderr)
+        sys.exit(2)
+    print(f"wrote {path}")

@@ -795,10 +795,9 @@ def main() -> None:
 
     word = add(throughput, "images/s of inference and training, FLOPs, memory")
     word.add_argument("checkpoint", nargs="?", **ckpt)
-    for name in ("model", "img_size", "patch_size"):
-        _, kind, text = SETTINGS["what to train on what"][name]
-        shown = f"{text} [{PAPER[name]}]"
-        word.add_argument("--" + name.replace("_", "-"), type=kind, help=shown)
+    for flag in ("--model", "--img-size", "--patch-size"):
+        default, kind, text = SETTINGS["what to train on what"][flag[2:].replace("-", "_")]
+        word.add_argument(flag, type=kind, help=f"{text} [{default}]")
     word.add_argument("--distilled", action="store_true", help="with a distillation token")
     word.add_argument("--batch-size", type=COUNT, help="images [the most that fit; 16 without a GPU]")
     word.add_argument("--runs", type=COUNT, default=30, help="how many to take the mean of [30]")

@@ -915,13 +915,12 @@ def check(settings: dict, place: Place) -> None:
     trained = {settings["model"]} | ({settings["teacher"]} if distils and not weights else set())
     for name in (trained | ({settings["teacher"]} if distils else set())) - {*SIZES, *REGNETY}:
         try_network(name, settings["img_size"])
-    for name in (
-        trained - {*SIZES} if settings["batch_size"] == parts else ()
-    ):  # BatchNorm over a single image
+    single = settings["batch_size"] == parts  # images a forward pass: BatchNorm may not know what to do
+    for name in trained - {*SIZES} if single else ():
         try_network(name, settings["img_size"], training=True)
-    prepare_directory(Path(settings["out"]))
     if settings["data"] in ("folder", "imagenet") and not Path(settings["data_path"]).is_dir():
         raise UsageError(f"there is no folder {settings['data_path']}; name the data set's with --data-path")
+    prepare_directory(Path(settings["out"]))
 
 
 # ---- The teacher that is trained first ----
