@@ -260,7 +260,7 @@ def create_teacher(
     else:
         teacher = create_convnet(name, num_classes, img_size)
         state = torchvision_layout(state)
-    if state:
+    if source:
         check_fit(teacher.state_dict(), state, f"{weights} does not fit a {name} for {num_classes} classes")
         teacher.load_state_dict(state)
     teacher.img_size, teacher.classes = img_size, settings.get("classes")

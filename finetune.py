@@ -56,7 +56,7 @@ OPTIMIZERS = {
 SHORT = dict(OPTIMIZERS["adamw"], epochs=30, drop_path=0.0)
 # The authors' own, for ImageNet at 384 (section 6), at a constant learning rate, and for CIFAR and Cars.
 HIGHER = dict(SHORT, img_size=384, batch_size=512, lr=5e-6, min_lr=5e-6, warmup_epochs=5.0)
-TRANSFER = dict(OPTIMIZERS["sgd"], epochs=1000, batch_size=768, drop_path=0.0, erasing=0.0)
+TRANSFER = dict(OPTIMIZERS["sgd"], epochs=1000, batch_size=768, drop_path=0.0, erasing=0.0, repeats=3)
 
 # What a fine-tuned network has from the run it starts from, and what only on that run's own data
 KEPT = ("model", "patch_size", "augment", "mixup", "cutmix", "erasing", "repeats", "smoothing")

@@ -2366,7 +2366,7 @@ def test_the_older_checkpoint_serves_when_the_last_is_damaged(tmp_path, unhurt, 
     whole = last.read_bytes()
     for length in (0, 1, 1000, len(whole) // 2, len(whole) - 1):
         last.write_bytes(whole[:length])
-        assert train.newest(tmp_path / "run")["progress"]["step"] == 8
+        assert train.newest(tmp_path / "run")["progress"]["step"] == 9
         told = capsys.readouterr().out
         assert "last.pth is not a checkpoint" in told
         assert told.endswith(f"continuing from {tmp_path}/run/previous.pth\n")
@@ -2375,9 +2375,9 @@ def test_the_older_checkpoint_serves_when_the_last_is_damaged(tmp_path, unhurt, 
         flipped = bytearray(whole)
         flipped[place] ^= 1 << rng.integers(8)
         last.write_bytes(flipped)
-        assert train.newest(tmp_path / "run")["progress"]["step"] == 8
+        assert train.newest(tmp_path / "run")["progress"]["step"] == 9
     torch.save({"model": {}}, last)
-    assert train.newest(tmp_path / "run")["progress"]["step"] == 8
+    assert train.newest(tmp_path / "run")["progress"]["step"] == 9
     assert "is not the checkpoint of a run" in capsys.readouterr().out
     assert forked(["--out", str(tmp_path / "run"), "--resume"]) == 0
     assert same_run(unhurt, tmp_path / "run")

@@ -5,7 +5,8 @@
     torchrun --nproc_per_node 8 train.py --data imagenet --data-path IMAGENET --model base --distill hard
 
 `python train.py` is the same on one process. The defaults of a data set are its recipe, RECIPES below.
-A run that was stopped or killed anywhere goes on with --resume, and ends bit for bit as if it never was.
+A run that was stopped or killed anywhere goes on with --resume; on a CPU, with one or two processes, it ends
+bit for bit as if it never was.
 """
 
 import argparse
@@ -106,7 +107,7 @@ SETTINGS = {
         "teacher_weights": ("", str, "'published' (torchvision's), or a checkpoint's path or URL; without it "
                             "a teacher is trained first on the same data and kept beside the run"),
         "teacher_epochs": (300, COUNT, "epochs of a teacher"),
-        "tau": (3.0, number(float, 1e-6), "temperature τ of soft distillation"),
+        "tau": (3.0, number(float, 1e-6, 1e6), "temperature τ of soft distillation"),
         "lam": (0.1, SHARE, "weight λ of the teacher's term in soft distillation"),
     },
     "augmentation and regularisation (Table 7)": {
@@ -722,6 +723,7 @@ class Run:
             "progress": {
                 "step": self.step,
                 "log": self.log,
+                "per_epoch": self.per_epoch,
                 "loss_sums": self.loss_sums,
                 "made_on": self.made_on,
             },
@@ -744,7 +746,13 @@ class Run:
         progress, rank = contents["progress"], self.place.rank
         self.step, self.log = progress["step"], progress["log"]
         same = len(progress["loss_sums"]) == self.place.world
-        self.loss_sum.fill_(progress["loss_sums"][rank] if same else sum(progress["loss_sums"]) * (rank == 0))
+        mean = sum(progress["loss_sums"]) / len(progress["loss_sums"])
+        self.loss_sum.fill_(progress["loss_sums"][rank] if same else mean)
+        if progress["per_epoch"] != self.per_epoch:
+            raise UsageError(
+                f"an epoch of the run in {self.settings['out']} has {progress['per_epoch']} steps, now "
+                f"{self.per_epoch}: the data have changed; start the run anew with --overwrite"
+            )
         say(self.place, f"resuming {self.settings['out']} after step {self.step}, {len(self.log)} epochs")
         if progress["made_on"] != self.made_on:
             say(
@@ -858,7 +866,10 @@ def train(
                         run.save()
                 else:
                     run.settle()
+                    run.save()  # a signal may reach one process of several while they evaluate
                     signals.at_once = True  # nothing changes while the network is evaluated
+                    if signals.got:
+                        raise Interrupted
                     accuracy = evaluate(run.evaluated(), val_set, settings, place)
                     signals.at_once = False
                     run.end_epoch(accuracy)
