@@ -2198,7 +2198,7 @@ def test_flags_at_random_either_train_or_give_one_line(tmp_path, monkeypatch, ca
     (tmp_path / "notes.txt").write_text("notes")
     torch.save(create_model("tiny", num_classes=10, img_size=16, patch_size=8).state_dict(), "tiny.pth")
     first, ended = int(os.environ.get("FUZZ_FROM", 0)), Counter()
-    for seed in range(first, first + int(os.environ.get("FUZZ_RUNS", 60))):
+    for seed in range(first, first + int(os.environ.get("FUZZ_RUNS", 40))):
         words = random_words(np.random.default_rng(seed))
         try:
             code = run_train(monkeypatch, *words)
