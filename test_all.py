@@ -19,6 +19,7 @@ import subprocess
 import sys
 import time
 from collections import Counter
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -1771,14 +1772,19 @@ def few_shapes(monkeypatch):
     monkeypatch.setattr("data.SHAPES_COUNT", {"train": 54, "val": 20})  # 3 batches of 16 and a rest
 
 
-def run_train(monkeypatch, *flags):
-    """What `python train.py FLAGS` does, in this process; the exit code."""
-    monkeypatch.setattr("sys.argv", ["train.py", *map(str, flags)])
+def run_script(script, act, monkeypatch, *words):
+    """What `python SCRIPT WORDS` does, in this process; the exit code."""
+    monkeypatch.setattr("sys.argv", [script, *map(str, words)])
     try:
-        program(main)
+        program(act)
     except SystemExit as ended:
         return ended.code
     return 0
+
+
+run_train = partial(run_script, "train.py", main)
+run_finetune = partial(run_script, "finetune.py", finetune.main)
+run_evaluate = partial(run_script, "evaluate.py", measure.main)
 
 
 def flags(settings):
@@ -2499,16 +2505,6 @@ def test_names_with_odd_characters_break_neither_terminal_nor_log(tmp_path, monk
 # ---- finetune.py and evaluate.py ----
 
 
-def run_finetune(monkeypatch, *flags):
-    """What `python finetune.py FLAGS` does, in this process; the exit code."""
-    monkeypatch.setattr("sys.argv", ["finetune.py", *map(str, flags)])
-    try:
-        program(finetune.main)
-    except SystemExit as ended:
-        return ended.code
-    return 0
-
-
 def test_fine_tuning_starts_from_the_runs_weights_at_the_new_size(tmp_path, monkeypatch, few_shapes, capsys):
     monkeypatch.chdir(tmp_path)
     assert run_train(monkeypatch, *flags(QUICK | {"epochs": 1})) == 0
@@ -2776,16 +2772,6 @@ def test_without_a_run_to_start_from_fine_tuning_says_how_to_make_one(tmp_path, 
     monkeypatch.chdir(tmp_path)
     assert run_finetune(monkeypatch) == 2
     assert "make one with: torchrun train.py --model tiny --distill hard" in capsys.readouterr().err
-
-
-def run_evaluate(monkeypatch, *words):
-    """What `python evaluate.py WORDS` does, in this process; the exit code."""
-    monkeypatch.setattr("sys.argv", ["evaluate.py", *map(str, words)])
-    try:
-        program(measure.main)
-    except SystemExit as ended:
-        return ended.code
-    return 0
 
 
 def save_network(path, classes, distilled=True, **changed):
@@ -3113,7 +3099,6 @@ def write_log(run, epochs):
 
 
 def test_curves_are_drawn_from_the_logs_of_runs(tmp_path, monkeypatch, capsys):
-    pytest.importorskip("matplotlib")
     from matplotlib.figure import Figure
 
     write_log(tmp_path / "first", 3)
