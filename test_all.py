@@ -2434,6 +2434,19 @@ def test_another_number_of_processes_may_go_on_and_is_told_of_the_difference(tmp
     assert len(read_log(tmp_path / "run")) == 3
 
 
+def test_a_run_is_not_resumed_on_data_of_another_size(tmp_path, monkeypatch, few_shapes, capsys):
+    assert run_train(monkeypatch, *flags(QUICK | {"epochs": 1, "out": tmp_path / "run"})) == 0
+    monkeypatch.setattr("data.SHAPES_COUNT", {"train": 32, "val": 20})
+    assert run_train(monkeypatch, "--out", tmp_path / "run", "--resume") == 2
+    assert "has 3 steps, now 2: the data have changed" in capsys.readouterr().err
+
+
+def test_a_checkpoint_without_weights_is_no_teacher(tmp_path):
+    torch.save({}, tmp_path / "empty.pth")
+    with pytest.raises(UsageError, match="does not fit a tiny"):
+        create_teacher("tiny", 10, tmp_path / "empty.pth")
+
+
 def test_a_loss_that_is_not_finite_ends_the_run_before_anything_is_spoilt(
     tmp_path, monkeypatch, few_shapes, capsys
 ):
