@@ -11,7 +11,9 @@ import importlib.util
 import json
 import os
 import random
+import signal
 import sys
+import threading
 from collections.abc import Iterable, Iterator
 from functools import partial
 from pathlib import Path
@@ -410,10 +412,30 @@ class Crops(Dataset):
         return images, torch.tensor(labels, dtype=torch.int64), broken
 
 
-def leave_group(worker: int) -> None:
-    """Takes a worker out of reach of signals to the whole group of processes: the main process decides."""
-    if hasattr(os, "setsid"):  # which Windows lacks
-        os.setsid()
+def out_of_reach(loader: DataLoader) -> Iterator:
+    """iter(loader), whose processes and threads are not reached by SIGINT and SIGTERM.
+
+    Terminals and schedulers send these to all processes of a job, of which the main one is to answer.
+    """
+    if not hasattr(signal, "sigwaitinfo"):  # which Linux has
+        return iter(loader)
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGINT, signal.SIGTERM))
+    try:
+        return iter(loader)
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+def obey_parent(worker: int) -> None:
+    """Lets a worker process out of reach of signals be ended by its parent process, which may have to."""
+
+    def wait() -> None:
+        while signal.sigwaitinfo([signal.SIGTERM]).si_pid != os.getppid():
+            pass
+        os._exit(0)
+
+    if hasattr(signal, "sigwaitinfo"):
+        threading.Thread(target=wait, daemon=True).start()
 
 
 def stream(
@@ -426,9 +448,9 @@ def stream(
         batch_size=None,
         num_workers=workers,
         pin_memory=device.type == "cuda",
-        worker_init_fn=leave_group,
+        worker_init_fn=obey_parent,
     )
-    for batch in loader:
+    for batch in out_of_reach(loader):
         if isinstance(batch, UsageError):
             raise batch
         images, labels, broken = batch

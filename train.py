@@ -323,7 +323,6 @@ class Signals:
 
     def __init__(self, place: Place):
         self.got = 0  # the signal's number
-        self.at_once = False  # whether the signal is to raise Interrupted where it is met
         self.group = dist.new_group(backend="gloo") if place.world > 1 else None
 
     def __enter__(self) -> "Signals":
@@ -336,8 +335,11 @@ class Signals:
                 signal.signal(number, handler)
 
     def note(self, number: int, frame) -> None:
-        first, self.got = not self.got, number
-        if first and self.at_once:
+        self.got = number
+
+    def answer(self) -> None:
+        """Raises Interrupted if this process got a signal, whatever the others got."""
+        if self.got:
             raise Interrupted
 
     def asked(self) -> int:
@@ -462,7 +464,11 @@ def head_scores(
 
 
 def evaluate(
-    network: nn.Module, data: ArraySet | FolderSet, settings: dict, place: Place
+    network: nn.Module,
+    data: ArraySet | FolderSet,
+    settings: dict,
+    place: Place,
+    after_batch: Callable[[], None] = lambda: None,
 ) -> dict[str, float]:
     """Top-1 accuracy in percent by head: `class`, and for a pair also `distillation` and `fused`.
 
@@ -475,6 +481,7 @@ def evaluate(
     counts = torch.zeros(1 + len(heads), device=place.device)  # all, and those that each head has right
     for labels, scores in head_scores(network, data, settings, place):
         counts += torch.stack([labels >= 0, *(head.argmax(dim=1) == labels for head in scores)]).sum(dim=1)
+        after_batch()
     seen, *right = total(counts, place).tolist()
     if seen == 0:
         raise UsageError("none of the validation images can be read")
@@ -525,6 +532,8 @@ def write_whole(path: Path, write: Callable, previous: Path | None = None) -> No
         os.replace(partial, path)
     except (OSError, RuntimeError) as error:  # torch's writer turns the one into the other
         partial.unlink(missing_ok=True)
+        if "DataLoader worker" in str(error):  # which may be raised anywhere
+            raise
         reason = getattr(error, "strerror", None) or "the disk may be full"
         raise UsageError(f"could not write {path}: {reason}; what was saved before is intact") from error
 
@@ -867,11 +876,7 @@ def train(
                 else:
                     run.settle()
                     run.save()  # a signal may reach one process of several while they evaluate
-                    signals.at_once = True  # nothing changes while the network is evaluated
-                    if signals.got:
-                        raise Interrupted
-                    accuracy = evaluate(run.evaluated(), val_set, settings, place)
-                    signals.at_once = False
+                    accuracy = evaluate(run.evaluated(), val_set, settings, place, signals.answer)
                     run.end_epoch(accuracy)
                     best = max((chief(record["accuracy"]) for record in run.log[:-1]), default=-1)
                     run.save(best=chief(accuracy) > best)
@@ -1078,6 +1083,8 @@ def program(main: Callable[[], None]) -> None:
     except (RuntimeError, MemoryError) as error:
         if isinstance(error, MemoryError | torch.OutOfMemoryError) or "can't allocate memory" in str(error):
             end("error: out of memory; lower --batch-size or raise --accumulate", 2)
+        if "DataLoader worker" in str(error):
+            end(f"error: {error} If memory or /dev/shm is short, lower --workers", 2)
         if dist.is_initialized() and "onnection" in str(error):
             end("error: another process of this run has ended; what it says tells why", 1)
         raise
