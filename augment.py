@@ -44,6 +44,11 @@ def to_device(choices: Tensor, images: Tensor) -> Tensor:
     return choices.to(images.device, non_blocking=True)
 
 
+def choose(condition: Tensor, yes: Tensor, no: Tensor) -> Tensor:
+    """torch.where for uint8: on a CPU arithmetic is many times as fast."""
+    return condition * yes + ~condition * no
+
+
 # ---- Operations: (images uint8 (n, 3, H, W), argument float (n,)) -> uint8 (n, 3, H, W) ----
 
 
@@ -105,13 +110,13 @@ def posterize(images: Tensor, bits: Tensor) -> Tensor:
 
 def solarize(images: Tensor, threshold: Tensor) -> Tensor:
     """Inverts the values at or above the threshold (0..256)."""
-    return torch.where(images >= threshold.int().view(-1, 1, 1, 1), 255 - images, images)
+    return choose(images >= threshold.int().view(-1, 1, 1, 1), 255 - images, images)
 
 
 def solarize_add(images: Tensor, addend: Tensor) -> Tensor:
     """Adds to the values below 128, up to 255."""
     addend = addend.to(torch.uint8).view(-1, 1, 1, 1)
-    return torch.where(images < 128, images + torch.minimum(addend, 255 - images), images)
+    return images + torch.minimum(addend, 255 - images) * (images < 128)
 
 
 def color(images: Tensor, factor: Tensor) -> Tensor:
@@ -160,7 +165,7 @@ def fill_outside(sampled: Tensor, inside: Tensor) -> Tensor:
     """Whole levels where the source point lies in the image, the fill colour elsewhere."""
     fill = torch.tensor(FILL, dtype=torch.uint8).to(sampled.device, non_blocking=True).view(1, 3, 1, 1)
     # Four float32 weights may sum to a hair less than 1; cut to whole levels, flat areas would darken by one.
-    return torch.where(inside, (sampled + 1e-3).clamp_(0, 255).to(torch.uint8), fill)
+    return choose(inside, (sampled + 1e-3).clamp_(0, 255).to(torch.uint8), fill)
 
 
 def shift_rows(images: Tensor, shift: Tensor) -> Tensor:
@@ -233,16 +238,16 @@ def apply_operations(images: Tensor, choice: Tensor, argument: Tensor) -> Tensor
     `choice` int64 (B,) and `argument` float (B,) are on the CPU, the images anywhere.
     """
     order = choice.argsort()
-    # One gather puts the images of each operation side by side, one scatter puts them back.
+    # One selection puts the images of each operation side by side, another puts them back.
     counts = torch.bincount(choice + 1, minlength=len(OPERATIONS) + 1).tolist()
-    place = to_device(order, images)
-    grouped, argument = images[place], to_device(argument[order], images)
+    grouped = images.index_select(0, to_device(order, images))
+    argument = to_device(argument[order], images)
     end = counts[0]
     for operation, count in zip(OPERATIONS.values(), counts[1:], strict=True):
         start, end = end, end + count
         if count:
             grouped[start:end] = operation(grouped[start:end], argument[start:end])
-    return torch.empty_like(images).index_copy_(0, place, grouped)
+    return grouped.index_select(0, to_device(order.argsort(), images))
 
 
 # ---- Policies: which operation, how strong ----
@@ -373,7 +378,7 @@ class ColorJitter:
 def random_flip(images: Tensor, generator: Generator) -> Tensor:
     """Mirrors each image left to right with probability 0.5."""
     flipped = to_device(torch.rand(len(images), 1, 1, 1, generator=generator) < 0.5, images)
-    return torch.where(flipped, images.flip(3), images)
+    return choose(flipped, images.flip(3), images)
 
 
 def pad_and_crop(images: Tensor, generator: Generator, padding: int = 4) -> Tensor:
