@@ -155,6 +155,15 @@ def read_checkpoint(source: str | Path) -> dict:
         raise UsageError(
             f"{source} is not a checkpoint: it holds a {type(contents).__name__}, not named weights"
         )
+    parts = [part for part in ("model", "ema", "settings") if contents.get(part)]
+    weights = [contents[part] for part in parts if part != "settings"] or [{} if parts else contents]
+    sound = all(isinstance(contents[part], dict) for part in parts) and all(
+        isinstance(key, str) and (isinstance(value, Tensor) or key in ("model", "ema", "settings"))
+        for state in weights
+        for key, value in state.items()
+    )
+    if not sound or ("settings" in parts and not isinstance(contents["settings"].get("classes", []), list)):
+        raise UsageError(f"{source} is not a checkpoint: its parts are not named weights and settings")
     return contents
 
 
@@ -186,15 +195,15 @@ def checkpoint_settings(contents: dict) -> dict:
     Ours hold their settings, to which `num_classes` is added. The weights of the authors' files, DeiT or
     teacher, tell enough: model, sizes, distillation, the number of classes; the class names are None.
     """
-    if "settings" in contents:
-        settings = contents["settings"]
+    if settings := contents.get("settings"):
         return settings | ({"num_classes": len(settings["classes"])} if "classes" in settings else {})
     state, known = checkpoint_weights(contents), {"data": "imagenet", "data_path": "data", "classes": None}
-    if {"stem.conv.weight", "head.fc.weight"} <= state.keys():
+    dims = {name: getattr(value, "ndim", None) for name, value in state.items()}
+    if {"stem.conv.weight": 4, "head.fc.weight": 2}.items() <= dims.items():
         names = {widths[-1]: name for name, (_, widths, _) in REGNETY.items()}
         num_classes, width = state["head.fc.weight"].shape
         known |= {"distill": "none"}
-    elif {"pos_embed", "patch_embed.proj.weight", "head.weight"} <= state.keys():
+    elif {"pos_embed": 3, "patch_embed.proj.weight": 4, "head.weight": 2}.items() <= dims.items():
         names = {dim: name for name, (dim, _) in SIZES.items()}
         num_classes, width = state["head.weight"].shape
         patch_size = state["patch_embed.proj.weight"].shape[-1]

@@ -53,6 +53,7 @@ from data import (
 )
 from distill import (
     REGNETY,
+    checkpoint_settings,
     create_teacher,
     hard_distillation_loss,
     label_loss,
@@ -2463,6 +2464,30 @@ def test_a_run_is_not_resumed_on_data_of_another_size(tmp_path, monkeypatch, few
     monkeypatch.setattr("data.SHAPES_COUNT", {"train": 32, "val": 19})
     assert run_train(monkeypatch, "--out", tmp_path / "run", "--resume") == 2
     assert "has 3 steps, now 2: the data have changed" in capsys.readouterr().err
+
+
+ODD = [{"model": "x"}, {"ema": [1]}, {"settings": "x"}, {1: torch.zeros(2)}, {"a": 1}]
+ODD += [{"settings": {"classes": 3}, "model": {"a": torch.zeros(2)}}, {"model": {"a": "b"}}]
+
+
+@pytest.mark.parametrize("contents", ODD, ids=repr)
+def test_a_checkpoint_of_other_parts_is_refused(tmp_path, contents):
+    torch.save(contents, tmp_path / "odd.pth")
+    with pytest.raises(UsageError, match="its parts are not named weights and settings"):
+        read_checkpoint(tmp_path / "odd.pth")
+
+
+def test_weights_of_other_dimensions_tell_no_settings():
+    names = ("pos_embed", "patch_embed.proj.weight", "head.weight")
+    assert checkpoint_settings({name: torch.zeros(3) for name in names}) == {}
+    assert checkpoint_settings({"model": {}}) == {}
+
+
+def test_a_name_too_long_for_the_disk_is_one_line(monkeypatch, capsys):
+    assert run_train(monkeypatch, "--out", "x" * 300) == 2
+    error = capsys.readouterr().err
+    assert "File name too long" in error
+    assert error.count("\n") == 1
 
 
 def test_a_checkpoint_without_weights_is_no_teacher(tmp_path):

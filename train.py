@@ -141,7 +141,7 @@ SETTINGS = {
                       "fp32 elsewhere"),
         "compile": (False, bool, "use torch.compile"),
         "device": ("auto", DEVICES, "auto takes a GPU where there is one"),
-        "workers": (-1, number(int, -1), "processes that read image files, -1 chooses"),
+        "workers": (-1, number(int, -1, 256), "processes that read image files, -1 chooses"),
         "skip_broken": (False, bool, "leave out image files that cannot be read, and count them"),
         "seed": (0, number(int, 0, 2**62), "of everything random; the data set shapes is always the same"),
         "out": ("", str, "the run's directory, else one below runs/ named after its settings"),
@@ -1090,6 +1090,8 @@ def program(main: Callable[[], None]) -> None:
     except BrokenPipeError:  # the reader of our output, head for instance, has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(128 + signal.SIGPIPE)
+    except OSError as error:  # a path too long, a folder that may not be read: its text names it
+        end(f"error: {error}", 2)
     except (RuntimeError, MemoryError) as error:
         if isinstance(error, MemoryError | torch.OutOfMemoryError) or "can't allocate memory" in str(error):
             end("error: out of memory; lower --batch-size or raise --accumulate", 2)
