@@ -211,15 +211,14 @@ def rotate(images: Tensor, degrees: Tensor) -> Tensor:
     inside = (source_x >= 0) & (source_x < width) & (source_y >= 0) & (source_y < height)
     left, top = (source_x - 0.5).floor(), (source_y - 0.5).floor()
     taps_x, taps_y = cubic_taps(source_x - 0.5 - left), cubic_taps(source_y - 0.5 - top)
-    columns = [(left + k).clamp_(0, width - 1).long() for k in (-1, 0, 1, 2)]
-    sampled = 0.0
-    for k, tap_y in zip((-1, 0, 1, 2), taps_y, strict=True):
-        row = (top + k).clamp_(0, height - 1).long() * width
-        along = 0.0
-        for column, tap_x in zip(columns, taps_x, strict=True):
-            index = (row + column).flatten(1)[:, None].expand(-1, 3, -1)
-            along = along + tap_x[:, None] * images.flatten(2).gather(2, index).view_as(images)
-        sampled = sampled + tap_y[:, None] * along
+    padded = F.pad(images.float(), [2] * 4, mode="replicate").flatten(2)
+    row, column = top.long().clamp_(-1, height - 1) + 1, left.long().clamp_(-1, width - 1) + 1
+    first = (row * (width + 4) + column).flatten(1)  # in `padded`: the first of 4x4 neighbours
+    sampled = torch.zeros(images.shape, device=images.device)
+    for i, tap_y in enumerate(taps_y):
+        for j, tap_x in enumerate(taps_x):
+            neighbour = (first + (i * (width + 4) + j))[:, None].expand(-1, 3, -1)
+            sampled.addcmul_((tap_y * tap_x)[:, None], padded.gather(2, neighbour).view_as(images))
     return fill_outside(sampled, inside[:, None])
 
 
@@ -403,22 +402,17 @@ def random_boxes(
 
     The first of 10 draws that fits into the image, else the largest centred box of an allowed aspect.
     """
+    sides = torch.tensor([height, width])
     area = height * width * torch.empty(count, 10).uniform_(*scale, generator=generator)
-    aspect = (
-        torch.empty(count, 10).uniform_(math.log(ratio[0]), math.log(ratio[1]), generator=generator).exp()
-    )
-    high, wide = (area / aspect).sqrt().round(), (area * aspect).sqrt().round()
-    fits = (high >= 1) & (high <= height) & (wide >= 1) & (wide <= width)
-    first = fits.int().argmax(dim=1, keepdim=True)
-    found = fits.any(dim=1)
-    high, wide = high.gather(1, first)[:, 0], wide.gather(1, first)[:, 0]
-    high = torch.where(found, high, round(min(height, width / ratio[0])))
-    wide = torch.where(found, wide, round(min(width, height * ratio[1])))
-    place = torch.rand(2, count, generator=generator)
-    top, left = (place[0] * (height - high + 1)).floor(), (place[1] * (width - wide + 1)).floor()
-    top = torch.where(found, top, ((height - high) / 2).floor())
-    left = torch.where(found, left, ((width - wide) / 2).floor())
-    return torch.stack([top, left, high, wide], dim=1).long()
+    aspect = torch.empty(count, 10).uniform_(math.log(ratio[0]), math.log(ratio[1]), generator=generator)
+    boxes = (area[..., None] * torch.stack([-aspect, aspect], dim=2).exp()).sqrt().round()  # (count, 10, 2)
+    fits = ((boxes >= 1) & (boxes <= sides)).all(dim=2)
+    boxes = boxes[torch.arange(count), fits.int().argmax(dim=1)]
+    place = (torch.rand(2, count, generator=generator).T * (sides - boxes + 1)).floor()
+    largest = torch.tensor([round(min(height, width / ratio[0])), round(min(width, height * ratio[1]))])
+    centred = torch.cat([(sides - largest) // 2, largest])
+    found = fits.any(dim=1, keepdim=True)
+    return torch.where(found, torch.cat([place, boxes], dim=1), centred).long()
 
 
 def resize_columns(images: Tensor, start: Tensor, length: Tensor, size: int) -> Tensor:

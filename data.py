@@ -250,7 +250,9 @@ def read_image(path: str | Path, enough: int | None = None) -> Image.Image:
         with Image.open(path) as opened:
             if enough is not None:
                 opened.draft("RGB", (enough, enough))
-            image = ImageOps.exif_transpose(opened)
+            image = opened
+            image.load()
+            ImageOps.exif_transpose(image, in_place=True)
             if image.mode[0] in "IF":  # grey of more than 8 bits, whose values above 255 convert would clip
                 values = np.asarray(image)
                 if image.mode == "F" or values.min() < 0 or values.max() > 65535:
@@ -259,7 +261,7 @@ def read_image(path: str | Path, enough: int | None = None) -> Image.Image:
             if image.getbands()[-1] in ("A", "a") or "transparency" in image.info:
                 image = image.convert("RGBA")
                 image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-            return image.convert("RGB")
+            return image if image.mode == "RGB" else image.convert("RGB")
     except Exception as error:  # a damaged file can make the reader raise anything
         raise UsageError(f"{path} is not a readable image: {' '.join(str(error).split())}") from error
 
