@@ -466,6 +466,12 @@ def random_crop(images: Tensor, size: int, generator: Generator) -> Tensor:
     return resize_boxes(images, random_boxes(len(images), height, width, generator), size)
 
 
+def shown_size(*sides: int, size: int) -> list[int]:
+    """The sides to resize to before the evaluation crop: the short one to size / 0.875, rounded down."""
+    short = int(size / 0.875)
+    return [short * side // min(sides) for side in sides]
+
+
 def central_crop(images: Tensor, size: int) -> Tensor:
     """Evaluation crop uint8 (B, 3, size, size): short side to size / 0.875, then the centre.
 
@@ -474,9 +480,9 @@ def central_crop(images: Tensor, size: int) -> Tensor:
     height, width = images.shape[2:]
     if (height, width) == (size, size):
         return images
-    scaled = [max(size, round(side * size / 0.875 / min(height, width))) for side in (height, width)]
-    resized = F.interpolate(images.float(), scaled, mode="bicubic", antialias=True)
-    top, left = (round((side - size) / 2) for side in scaled)
+    sides = shown_size(height, width, size=size)
+    resized = F.interpolate(images.float(), sides, mode="bicubic", antialias=True)
+    top, left = (round((side - size) / 2) for side in sides)
     return resized[:, :, top : top + size, left : left + size].round().clamp_(0, 255).to(torch.uint8)
 
 

@@ -25,7 +25,14 @@ from PIL import Image, ImageDraw, ImageOps
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from augment import RepeatedAugmentSampler, central_crop, keyed_generator, random_boxes, random_crop
+from augment import (
+    RepeatedAugmentSampler,
+    central_crop,
+    keyed_generator,
+    random_boxes,
+    random_crop,
+    shown_size,
+)
 from model import UsageError
 
 # ---- shapes: ten classes drawn by the program itself ----
@@ -288,7 +295,8 @@ def open_folder(
         reason = f"the class {odd[0]!r}, which train has not" if odd else "no images"
         raise UsageError(f"there is {reason}, in {folder}")
     paths = [path for path, _ in found.samples]
-    labels = [classes.index(found.classes[label]) for _, label in found.samples]
+    index = {name: number for number, name in enumerate(classes)}
+    labels = [index[found.classes[label]] for _, label in found.samples]
     streamed = FolderSet(paths, labels, classes, skip_broken)
     images, kept, broken = None, [], []
     for path, label in zip(paths, labels, strict=True):
@@ -372,8 +380,7 @@ def crop_file(image: Image.Image, size: int, key: tuple | None) -> Tensor:
     if max(image.size) > 16 * min(image.size):  # of a very long image the far ends, which need much memory
         left, top = (max(0, (a - 16 * b) // 2) for a, b in (image.size, image.size[::-1]))
         image = image.crop((left, top, image.width - left, image.height - top))
-    scale = size / 0.875 / min(image.size)
-    image = image.resize([max(size, round(side * scale)) for side in image.size], Image.Resampling.BICUBIC)
+    image = image.resize(shown_size(*image.size, size=size), Image.Resampling.BICUBIC)
     left, top = round((image.width - size) / 2), round((image.height - size) / 2)
     return to_tensor(image.crop((left, top, left + size, top + size)))
 

@@ -58,15 +58,7 @@ from data import (
     read_image,
     to_tensor,
 )
-from distill import (
-    REGNETY,
-    checkpoint_settings,
-    create_teacher,
-    label_loss,
-    published_url,
-    read_checkpoint,
-    try_network,
-)
+from distill import REGNETY, checkpoint_settings, create_teacher, label_loss, read_checkpoint, try_network
 from model import DeiT, UsageError, fuse
 from train import (
     COUNT,
@@ -87,22 +79,13 @@ from train import (
     precision,
     printable,
     program,
+    published_settings,
     say,
     total,
     workers,
 )
 
 # ---- Any network, and any validation set to look at it on ----
-
-
-def published_settings(name: str) -> dict:
-    """How torchvision's published ImageNet weights of a network are to be used."""
-    url = published_url(name)
-    chosen = torchvision.models.get_model_weights(name).DEFAULT.transforms.keywords
-    if chosen.get("mean", MEAN) != MEAN:
-        raise UsageError(f"the weights in {url} were trained on images normalised otherwise")
-    known = {"data": "imagenet", "num_classes": 1000, "classes": None}
-    return known | {"model": name, "img_size": chosen["crop_size"]}
 
 
 def open_network(source: str, place: Place) -> tuple[nn.Module, dict]:
@@ -209,7 +192,7 @@ def real_labels(path: str, root: str | Path) -> list[list[int]]:
     """
     if not isinstance(root, Path):
         raise UsageError(f"--real is about ImageNet's validation files, not {root}")
-    files = [Path(file).name for file, _ in torchvision.datasets.ImageFolder(root).samples]
+    files = [Path(file).name for file, _ in torchvision.datasets.ImageFolder(root, allow_empty=True).samples]
     try:
         labels = json.loads(Path(path).read_bytes())
         numbers = [int(re.fullmatch(r"ILSVRC2012_val_(\d+)\.\w+", file)[1]) for file in files]

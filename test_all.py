@@ -1058,13 +1058,13 @@ def test_random_crop_pads_at_the_images_own_size_and_resizes_boxes_otherwise():
 
 
 @pytest.mark.parametrize(
-    ("height", "width", "size"), [(64, 64, 56), (128, 96, 42), (64, 96, 28), (16, 24, 56)]
+    ("height", "width", "size"), [(64, 64, 56), (128, 96, 42), (64, 96, 28), (16, 24, 56), (70, 64, 48)]
 )
 def test_central_crop_is_pillows_resize_to_size_over_0875_and_crop(height, width, size):
     images = soft_pictures(5, height, width)
-    short = round(size / 0.875)
+    short = math.floor(size * 256 / 224)
     scaled = width * short // min(height, width), height * short // min(height, width)
-    left, top = (scaled[0] - size) // 2, (scaled[1] - size) // 2
+    left, top = (round((side - size) / 2) for side in scaled)
     for image, ours in zip(images, augment.central_crop(images, size), strict=True):
         pillow = to_pillow(image).resize(scaled, Image.Resampling.BICUBIC)
         pillow = np.array(pillow.crop((left, top, left + size, top + size)), np.int32)
@@ -1514,13 +1514,14 @@ def test_evaluation_sees_every_image_once_over_all_processes(tmp_path, streamed)
     assert {i.numpy().tobytes() for i in images} == {i.numpy().tobytes() for i in whole}
 
 
-def test_evaluation_crops_as_torchvisions_resize_and_centre_crop():
+@pytest.mark.parametrize(("size", "short"), [(56, 64), (48, 54), (45, 51)])
+def test_evaluation_crops_as_torchvisions_resize_and_centre_crop(size, short):
     pixels = np.random.default_rng(0).integers(0, 256, (70, 100, 3), dtype=np.uint8)
     image = Image.fromarray(pixels).filter(ImageFilter.GaussianBlur(2))
     bicubic = torchvision.transforms.InterpolationMode.BICUBIC
-    expected = torchvision.transforms.Resize(64, bicubic)(image)
-    expected = np.asarray(torchvision.transforms.CenterCrop(56)(expected)).transpose(2, 0, 1)
-    assert np.array_equal(crop_file(image, 56, None), expected)
+    expected = torchvision.transforms.Resize(short, bicubic)(image)
+    expected = np.asarray(torchvision.transforms.CenterCrop(size)(expected)).transpose(2, 0, 1)
+    assert np.array_equal(crop_file(image, size, None), expected)
 
 
 def test_pictures_of_every_kind_are_read_upright_and_rgb(tmp_path):
@@ -1807,18 +1808,21 @@ def fork(act, words, environment=(), count=54, told=os.devnull):
     return process
 
 
-def fork_two(act, words, told=os.devnull, count=54):
-    """The same in two processes, as torchrun starts them. Each is to end well; what the first one told."""
+def fork_many(act, words, told=os.devnull, count=54, world=2, machines=1):
+    """The same in several processes, as torchrun starts them. All end well; what the first one told."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    common = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": "2"}
-    common["LOCAL_WORLD_SIZE"] = "2"
-    ranks = [common | {"RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(2)]
-    both = [fork(act, words, ranks[0], count, told), fork(act, words, ranks[1], count)]
-    for process in both:
+    local = world // machines
+    common = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": str(world)}
+    common["LOCAL_WORLD_SIZE"] = str(local)
+    started = []
+    for rank in range(world):
+        own = common | {"RANK": str(rank), "LOCAL_RANK": str(rank % local)}
+        started.append(fork(act, words, own, count, os.devnull if rank else told))
+    for process in started:
         process.join(60)
-    assert [process.exitcode for process in both] == [0, 0]
+    assert [process.exitcode for process in started] == [0] * world
     return Path(told).read_text()
 
 
@@ -2055,7 +2059,7 @@ def record():
 def test_two_processes_follow_one_and_end_with_identical_weights(tmp_path):
     words = flags(QUICK | PLAIN)
     fork(record, [*words, "--out", str(tmp_path / "one")], count=48).join()
-    fork_two(record, [*words, "--out", str(tmp_path / "two")], count=48)
+    fork_many(record, [*words, "--out", str(tmp_path / "two")], count=48)
     one, first, second = (
         json.loads((tmp_path / name).read_text())
         for name in ("one/rank0.json", "two/rank0.json", "two/rank1.json")
@@ -2068,7 +2072,7 @@ def test_two_processes_follow_one_and_end_with_identical_weights(tmp_path):
 
 
 def test_two_processes_keep_one_teacher_with_one_set_of_batchnorm_statistics(tmp_path):
-    fork_two(record, flags(QUICK | {"model": "regnet_y_200mf", "epochs": 1, "out": tmp_path / "run"}))
+    fork_many(record, flags(QUICK | {"model": "regnet_y_200mf", "epochs": 1, "out": tmp_path / "run"}))
     first, second = (json.loads((tmp_path / f"run/rank{rank}.json").read_text()) for rank in (0, 1))
     assert any("running_var" in key for key in first["digest"])
     assert first == second
@@ -2103,6 +2107,7 @@ def test_a_teacher_is_trained_once_and_reused_by_every_student(tmp_path, monkeyp
     assert len(teachers) == 1
     student = read_checkpoint(tmp_path / "s1/last.pth")
     assert student["settings"]["teacher_weights"] == str(teachers[0])
+    assert not list(tmp_path.glob("s?/teacher-*"))
     assert set(student["model"]) == set(
         create_model("tiny", img_size=16, patch_size=8, distilled=True).state_dict()
     )
@@ -2403,6 +2408,10 @@ def test_the_older_checkpoint_serves_when_the_last_is_damaged(tmp_path, unhurt, 
         assert "last.pth is not a checkpoint" in told
         assert told.endswith(f"continuing from {tmp_path}/run/previous.pth\n")
         assert told.count("\n") == 1
+        assert (tmp_path / "run/last.pth.damaged").read_bytes() == whole[
+            :length
+        ]  # out of the next save's way
+        assert not last.exists()
     for place in rng.integers(0, len(whole), 20):
         flipped = bytearray(whole)
         flipped[place] ^= 1 << rng.integers(8)
@@ -2415,7 +2424,7 @@ def test_the_older_checkpoint_serves_when_the_last_is_damaged(tmp_path, unhurt, 
     assert same_run(unhurt, tmp_path / "run")
     for path in (tmp_path / "run").glob("*.pth"):
         path.write_bytes(b"")
-    with pytest.raises(UsageError, match=r"last\.pth .*best\.pth .*with --overwrite") as caught:
+    with pytest.raises(UsageError, match=r"last\.pth .*best\.pth .*; delete .*run to start anew") as caught:
         train.newest(tmp_path / "run")
     assert "\n" not in str(caught.value)
 
@@ -2437,11 +2446,11 @@ train.program(train.main)
 """
 
 
-def test_two_processes_survive_a_kill_and_torchrun_restarts_them(tmp_path):
-    words = flags(QUICK | {"save_every": 1, "epochs": 2, "ema": 0.9})
-    fork_two(partial(train_with, None), ["--out", str(tmp_path / "whole"), *words])
+def test_three_processes_survive_a_kill_and_torchrun_restarts_them(tmp_path):
+    words = flags(QUICK | {"batch_size": 18, "save_every": 1, "epochs": 2, "ema": 0.9})
+    fork_many(partial(train_with, None), ["--out", str(tmp_path / "whole"), *words], world=3)
     (tmp_path / "driver.py").write_text(CUT)
-    launch = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--max-restarts=1"]
+    launch = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=3", "--max-restarts=1"]
     command = [*launch, str(tmp_path / "driver.py"), "--out", str(tmp_path / "cut"), *words, "--resume"]
     environment = os.environ | {"PYTHONPATH": os.getcwd(), "OMP_NUM_THREADS": "1"}
     subprocess.run(command, env=environment, check=True, capture_output=True, timeout=120)
@@ -2449,11 +2458,77 @@ def test_two_processes_survive_a_kill_and_torchrun_restarts_them(tmp_path):
     assert same_run(tmp_path / "whole", tmp_path / "cut")
 
 
+def test_students_started_at_once_do_not_disturb_each_others_teacher(tmp_path, monkeypatch, few_shapes):
+    words = QUICK | {"teacher": "resnet18", "teacher_epochs": 1, "distill": "hard", "epochs": 1}
+    assert run_train(monkeypatch, *flags(words | {"out": tmp_path / "first"})) == 0
+    (teacher,) = tmp_path.glob("teacher-*")
+    late, before = teacher.rename(tmp_path / "late"), weights_of(tmp_path / "late")
+
+    def evaluate_meanwhile(*arguments):  # the other student's teacher is finished while ours learns
+        if late.exists():
+            late.rename(teacher)
+        return evaluate(*arguments)
+
+    monkeypatch.setattr("train.evaluate", evaluate_meanwhile)
+    assert run_train(monkeypatch, *flags(words | {"out": tmp_path / "second"})) == 0
+    own = tmp_path / "second" / teacher.name
+    assert read_checkpoint(tmp_path / "second/last.pth")["settings"]["teacher_weights"] == f"{own}/last.pth"
+    for place in (own, teacher):
+        assert all(torch.equal(value, before[key]) for key, value in weights_of(place).items())
+
+
+def log_turn(path):
+    place = train.join("cpu")
+
+    def act():
+        time.sleep(0.2 * (3 - place.rank))
+        with open(path, "a") as file:
+            file.write(str(place.rank))
+
+    train.first_alone(place, act)
+
+
+def test_downloads_come_to_the_first_process_then_to_the_first_of_each_machine(tmp_path):
+    fork_many(partial(log_turn, tmp_path / "order"), [], world=4, machines=2)
+    order = (tmp_path / "order").read_text()
+    assert order[:2] == "02"
+    assert sorted(order[2:]) == ["1", "3"]
+
+
+def check_from_own_directory(path):
+    place = train.join("cpu")
+    (path / str(place.rank)).mkdir()
+    os.chdir(path / str(place.rank))
+    train.prepare_directory(Path("run"))
+    if place.rank == 0:
+        train.check_shared(Path("run"), place)
+    else:
+        with pytest.raises(UsageError, match="process 1 sees another run than the first"):
+            train.check_shared(Path("run"), place)
+    train.prepare_directory(path / "run")
+    train.check_shared(path / "run", place)
+
+
+def test_a_directory_that_not_all_processes_share_is_refused_early(tmp_path):
+    fork_many(partial(check_from_own_directory, tmp_path), [])
+    assert not list(tmp_path.rglob("*.partial"))
+
+
+def test_overwrite_and_torchruns_restarts_are_refused_together(tmp_path, monkeypatch, few_shapes, capsys):
+    words = flags(QUICK | {"epochs": 1, "out": tmp_path / "run"})
+    assert run_train(monkeypatch, *words) == 0
+    monkeypatch.setenv("TORCHELASTIC_MAX_RESTARTS", "3")
+    assert run_train(monkeypatch, *words, "--overwrite") == 2
+    assert "at each of torchrun's restarts" in capsys.readouterr().err
+    monkeypatch.setenv("TORCHELASTIC_MAX_RESTARTS", "0")
+    assert run_train(monkeypatch, *words, "--overwrite") == 0
+
+
 def test_another_number_of_processes_may_go_on_and_is_told_of_the_difference(tmp_path):
     words = flags(QUICK | {"save_every": 1, "accumulate": 2, "out": tmp_path / "run"})
     assert forked(words, ("step", 9, signal.SIGTERM)) == 128 + signal.SIGTERM
     words = ["--out", str(tmp_path / "run"), "--resume", "--accumulate", "1"]
-    told = fork_two(partial(train_with, None), words, tmp_path / "told")
+    told = fork_many(partial(train_with, None), words, tmp_path / "told")
     assert "the run was made on 1 × cpu, 2 parts" in told
     assert "will differ a little" in told
     assert len(read_log(tmp_path / "run")) == 3
@@ -2898,7 +2973,7 @@ def test_accuracy_is_the_share_of_right_images_on_one_process_and_on_two(odd_fol
     assert [line.split()[-1] for line in lines[4:]] == ["ant", "bee"]
     right = (heads["fused"].argmax(1) == labels)[labels == 3].double().mean()
     assert lines[5].split()[3] == f"{100 * right:.2f}"
-    assert fork_two(partial(program, measure.main), words, path / "told") == alone
+    assert fork_many(partial(program, measure.main), words, path / "told") == alone
 
 
 def test_classes_go_by_name_then_by_number_then_by_place():

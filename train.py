@@ -28,12 +28,13 @@ from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
+import torchvision
 from torch import Tensor, nn
 from torch.distributed.rendezvous import rendezvous
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
-from augment import Augment, RepeatedAugmentSampler, keyed_generator, normalize
+from augment import MEAN, Augment, RepeatedAugmentSampler, keyed_generator, normalize
 from data import DATA_NAMES, ArraySet, FolderSet, eval_batches, load_data, train_batches
 from distill import (
     REGNETY,
@@ -49,7 +50,7 @@ from distill import (
     teacher_logits,
     try_network,
 )
-from model import SIZES, UsageError, create_model, fuse, load_weights, nearest
+from model import SIZES, UsageError, check_fit, create_model, fuse, load_weights, nearest
 
 # ---- Settings ----
 
@@ -304,13 +305,25 @@ def gather(value: Tensor, place: Place) -> list[float]:
 
 
 def first_alone(place: Place, act: Callable):
-    """act() in the first process, then in the others, which find what the first has downloaded."""
-    if place.rank > 0:
-        dist.barrier()
-    result = act()
-    if place.rank == 0 and place.world > 1:
-        dist.barrier()
+    """act() in the first process, then in the first of each machine, then in the others.
+
+    So those who come later find what was downloaded, whether or not the machines share a disk.
+    """
+    mine = 0 if place.rank == 0 else 1 if os.environ.get("LOCAL_RANK") == "0" else 2
+    for turn in range(3):
+        if turn == mine:
+            result = act()
+        if place.world > 1:
+            dist.barrier()
     return result
+
+
+def of_first(place: Place, find: Callable):
+    """What find() returns in the first process, in all of them."""
+    box = [find() if place.rank == 0 else None]
+    if place.world > 1:
+        dist.broadcast_object_list(box, 0)
+    return box[0]
 
 
 def printable(text: str) -> str:
@@ -552,20 +565,25 @@ CHECKPOINTS = ("last.pth", "previous.pth", "best.pth")  # of a run, in the order
 
 
 def newest(out: Path) -> dict:
-    """The checkpoint to continue from: the last one, or the newest before it if that is damaged."""
-    damaged = []
+    """The checkpoint to continue from: the last one, or the newest before it if that is damaged.
+
+    Damaged ones are renamed, so that no save puts them in the place of a whole one.
+    """
+    damaged = {}
     for path in (out / name for name in CHECKPOINTS if (out / name).exists()):
         try:
             checkpoint = read_checkpoint(path)
             if not {"model", "ema", "optimizer", "scaler", "progress", "settings"} <= checkpoint.keys():
                 raise UsageError(f"{path} is not the checkpoint of a run")
         except UsageError as error:
-            damaged.append(str(error))
+            damaged[path] = str(error)
             continue
         if damaged and os.environ.get("RANK", "0") == "0":
-            print(printable(f"{'; '.join(damaged)}; continuing from {path}"), flush=True)
+            print(printable(f"{'; '.join(damaged.values())}; continuing from {path}"), flush=True)
+            for bad in damaged:
+                os.replace(bad, f"{bad}.damaged")
         return checkpoint
-    raise UsageError(f"{'; '.join(damaged)}; start the run anew with --overwrite")
+    raise UsageError(f"{'; '.join(damaged.values())}; delete {out} to start anew")
 
 
 def restore(settings: dict, given: dict) -> tuple[dict, dict]:
@@ -582,6 +600,11 @@ def restore(settings: dict, given: dict) -> tuple[dict, dict]:
             "another --out"
         )
     if not settings["resume"]:
+        if os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0") != "0":
+            raise UsageError(
+                f"--overwrite would replace the run in {out} again at each of torchrun's restarts; delete it "
+                "and use --resume"
+            )
         return settings, {}
     checkpoint = newest(out)
     saved = {name: value for name, value in checkpoint["settings"].items() if name != "classes"}
@@ -675,9 +698,9 @@ class Run:
         self.loss_sum, self.loss_sums = torch.zeros((), device=device), [0.0]
         self.bad_step = torch.tensor(NEVER, device=device)  # the first whose loss was not finite
         # With another of these, the same run has other rounding errors
-        self.made_on = (
-            f"{place.world} × {device.type}, {settings['accumulate']} parts, {number}, {torch.__version__}"
-        )
+        self.made_on = f"{place.world} × {device.type}, {settings['accumulate']} parts, {number}"
+        self.made_on += f", {torch.get_num_threads()} threads" if device.type == "cpu" else ""
+        self.made_on += f"{', compiled' if settings['compile'] else ''}, {torch.__version__}"
 
     def learning_rate(self, step: int) -> float:
         """The one that takes the network from `step` to the next."""
@@ -779,11 +802,6 @@ class Run:
                 f"the run was made on {progress['made_on']} and goes on on {self.made_on}: its numbers "
                 "will differ a little from those of a run that was never stopped",
             )
-        if len(set(gather(torch.tensor(self.step, device=self.place.device), self.place))) > 1:
-            raise UsageError(
-                f"not all processes see the same checkpoint in {self.settings['out']}; it must lie on a disk "
-                "that all machines share"
-            )
 
 
 def train(
@@ -812,7 +830,17 @@ def train(
     steps = settings["epochs"] * per_epoch
 
     run = Run(settings, place, per_epoch, None if checkpoint else initial)
+    model = torch.compile(run.network) if settings["compile"] else run.network
+    if place.world > 1:
+        model = DistributedDataParallel(model, device_ids=[device] if device.type == "cuda" else None)
     if checkpoint:
+        if place.world > 1:
+            # After its first backward pass DDP sums gradients in another order, as it did before the stop.
+            blank = torch.zeros(part_size, 3, settings["img_size"], settings["img_size"], device=device)
+            with autocast(settings, device):
+                loss = label_loss(model(blank), torch.zeros(part_size, dtype=torch.int64, device=device))
+            loss.backward()
+            run.optimizer.zero_grad()
         if checkpoint["settings"]["classes"] != train_set.classes:
             raise UsageError(
                 f"the classes of {settings['data']} are no longer those of the run in {settings['out']}"
@@ -820,9 +848,6 @@ def train(
         run.restore(checkpoint)
     if place.rank == 0:
         start_directory(Path(settings["out"]), settings, fresh=not checkpoint)
-    model = torch.compile(run.network) if settings["compile"] else run.network
-    if place.world > 1:
-        model = DistributedDataParallel(model, device_ids=[device] if device.type == "cuda" else None)
     batches = train_batches(
         train_set,
         settings["img_size"],
@@ -928,9 +953,10 @@ def check(settings: dict, place: Place) -> None:
         if grid > 256:
             raise UsageError(f"{grid}×{grid} patches are more than 256×256; raise --patch-size")
     weights, distils = settings["teacher_weights"], settings["distill"] in ("soft", "hard")
-    if weights == "published" and distils:
-        published_url(settings["teacher"])
-    elif weights not in ("", "published") and not is_url(weights) and not Path(weights).is_file():
+    if weights == "published":
+        if distils and settings["teacher"] not in SIZES:
+            published_settings(settings["teacher"])
+    elif weights and not is_url(weights) and not Path(weights).is_file():
         raise UsageError(f"there is no file {weights}; --teacher-weights takes a checkpoint's path or URL")
     if settings["distill"] == "label" and (settings["no_distill_token"] or settings["model"] not in SIZES):
         raise UsageError(
@@ -947,9 +973,29 @@ def check(settings: dict, place: Place) -> None:
     if settings["data"] in ("folder", "imagenet") and not Path(settings["data_path"]).is_dir():
         raise UsageError(f"there is no folder {settings['data_path']}; name the data set's with --data-path")
     prepare_directory(Path(settings["out"]))
+    check_shared(Path(settings["out"]), place)
 
 
-# ---- The teacher that is trained first ----
+def check_shared(out: Path, place: Place) -> None:
+    """Raises UsageError if another process's directory of this name is not the first one's."""
+    mark = out / f"{of_first(place, os.getpid)}.partial"
+    if not first_alone(place, lambda: mark.touch() if place.rank == 0 else mark.exists()) and place.rank > 0:
+        raise UsageError(f"process {place.rank} sees another {out} than the first; all must share its disk")
+    if place.rank == 0:
+        mark.unlink()
+
+
+# ---- The teacher ----
+
+
+def published_settings(name: str) -> dict:
+    """How torchvision's published ImageNet weights of a network are to be used."""
+    url = published_url(name)
+    chosen = torchvision.models.get_model_weights(name).DEFAULT.transforms.keywords
+    if chosen.get("mean", MEAN) != MEAN:
+        raise UsageError(f"the weights in {url} were trained on images normalised otherwise")
+    known = {"data": "imagenet", "num_classes": 1000, "classes": None}
+    return known | {"model": name, "img_size": chosen["crop_size"]}
 
 
 def train_teacher(
@@ -962,9 +1008,9 @@ def train_teacher(
     """The checkpoint of a teacher trained on the same data, from an earlier run or from now.
 
     It has the data set's recipe, whatever the student's flags, and what `recipe` changes in it; `start` are
-    the weights it begins with, if not fresh ones. It is kept beside the student's run. The directory's name
-    ends in a hash of all that decides what the teacher becomes, so that students of any settings and seeds
-    share one, and another data set never does.
+    the weights it begins with, if not fresh ones. It is trained in a directory within the student's run and
+    then moved beside that. The directory's name ends in a hash of all that decides what the teacher becomes,
+    so that students of any settings and seeds share one, and another data set never does.
     """
     shared = ("data", "data_path", "img_size", "patch_size", "batch_size", "accumulate")
     shared += ("precision", "device", "workers")
@@ -975,17 +1021,17 @@ def train_teacher(
     identity |= {"data_path": str(Path(own["data_path"]).resolve())}
     digest = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:8]
     name = f"teacher-{own['data']}-{own['img_size']}px-{own['model'].replace('/', '_')}-{digest}"
-    own["out"] = str(Path(settings["out"]).parent / name)
-    last = Path(own["out"]) / "last.pth"
-    own, checkpoint = restore(own, given={})
-    log = checkpoint["progress"]["log"] if checkpoint else []
-    if len(log) == own["epochs"]:
-        say(place, f"teacher: {last}, trained earlier, {chief(log[-1]['accuracy']):.2f} % top-1")
-        return str(last)
+    mine, shared = Path(settings["out"]) / name, Path(settings["out"]).parent / name
+    for last in (shared / "last.pth", mine / "last.pth"):
+        log = newest(last.parent)["progress"]["log"] if of_first(place, last.exists) else []
+        if len(log) == own["epochs"]:
+            say(place, f"teacher: {last}, trained earlier, {chief(log[-1]['accuracy']):.2f} % top-1")
+            return str(last)
+    own, checkpoint = restore(own | {"out": str(mine)}, given={})
     say(
         place,
         f"teacher: {'fine-tuning' if start else 'training'} a {own['model']} first, {own['epochs']} epochs; "
-        f"it is kept in {own['out']}",
+        f"it is kept in {shared}",
     )
 
     def begin_with(network: nn.Module) -> None:
@@ -994,13 +1040,20 @@ def train_teacher(
         if own["model"] in SIZES:
             load_weights(network, low.state_dict())
         else:
-            network.load_state_dict(low.state_dict())
+            state, size = low.state_dict(), own["img_size"]
+            check_fit(network.state_dict(), state, f"{start} does not fit a {own['model']} of {size} pixels")
+            network.load_state_dict(state)
 
     accuracy = train(own, data, None, place, checkpoint, begin_with if start else None)
     say(place, f"teacher: {chief(accuracy):.2f} % top-1")
-    if place.world > 1:
-        dist.barrier()  # the file is whole before anyone reads it
-    return str(last)
+
+    def keep() -> Path:
+        try:
+            return mine.rename(shared)
+        except OSError:  # another run has put one there, which stays
+            return mine
+
+    return str(of_first(place, keep) / "last.pth")
 
 
 def load_teacher(settings: dict, data: list[ArraySet | FolderSet], place: Place) -> nn.Module:
@@ -1097,8 +1150,9 @@ def program(main: Callable[[], None]) -> None:
             end("error: out of memory; lower --batch-size or raise --accumulate", 2)
         if "DataLoader worker" in str(error):
             end(f"error: {error} If memory or /dev/shm is short, lower --workers", 2)
-        if dist.is_initialized() and "onnection" in str(error):
-            end("error: another process of this run has ended; what it says tells why", 1)
+        if dist.is_initialized() and (isinstance(error, dist.DistError) or "onnection" in str(error)):
+            reason = " ".join(str(error).split())[:300]
+            end(f"error: another process has ended, and says why, or is out of reach: {reason}", 1)
         raise
 
 
