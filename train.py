@@ -5,8 +5,8 @@
     torchrun --nproc_per_node 8 train.py --data imagenet --data-path IMAGENET --model base --distill hard
 
 `python train.py` is the same on one process. The defaults of a data set are its recipe, RECIPES below.
-A run that was stopped or killed anywhere goes on with --resume; on a CPU, with one or two processes, it ends
-bit for bit as if it never was.
+A run that was stopped or killed anywhere goes on with --resume; on a CPU it ends bit for bit as if it
+never was.
 """
 
 import argparse
