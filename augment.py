@@ -151,14 +151,11 @@ def cubic_taps(offset: Tensor, a: float = -1.0) -> tuple[Tensor, Tensor, Tensor,
 
     Keys' kernel. Pillow's Image.transform has a = -1, where its resize has a = -0.5 and torch a = -0.75.
     """
-
-    def near(t: Tensor) -> Tensor:  # distance up to 1
-        return ((a + 2) * t - (a + 3)) * t * t + 1
-
-    def far(t: Tensor) -> Tensor:  # distance 1 to 2
-        return ((a * t - 5 * a) * t + 8 * a) * t - 4 * a
-
-    return far(1 + offset), near(offset), near(1 - offset), far(2 - offset)
+    rest = 1 - offset
+    outer = a * offset * rest
+    first, fourth = outer * rest, outer * offset
+    second = rest * (1 + offset * (1 - (a + 2) * offset))
+    return first, second, 1 - first - second - fourth, fourth
 
 
 def fill_outside(sampled: Tensor, inside: Tensor) -> Tensor:
@@ -176,7 +173,9 @@ def shift_rows(images: Tensor, shift: Tensor) -> Tensor:
     columns = torch.arange(-1, width + 2, device=images.device) + whole.long()[..., None]  # (n, H, W + 3)
     columns = columns.clamp_(0, width - 1)[:, None].expand(len(images), 3, height, width + 3)
     source = images.gather(3, columns).float()
-    sampled = sum(tap * source[..., k : k + width] for k, tap in enumerate(taps))
+    sampled = taps[0] * source[..., :width]
+    for k in (1, 2, 3):
+        sampled.addcmul_(taps[k], source[..., k : k + width])
     centres = torch.arange(width, device=images.device) + 0.5 + shift[..., None]
     return fill_outside(sampled, ((centres >= 0) & (centres < width))[:, None])
 
@@ -210,15 +209,18 @@ def rotate(images: Tensor, degrees: Tensor) -> Tensor:
     source_y = angle.sin() * x + angle.cos() * y + height / 2
     inside = (source_x >= 0) & (source_x < width) & (source_y >= 0) & (source_y < height)
     left, top = (source_x - 0.5).floor(), (source_y - 0.5).floor()
-    taps_x, taps_y = cubic_taps(source_x - 0.5 - left), cubic_taps(source_y - 0.5 - top)
+    taps_x = torch.stack(cubic_taps(source_x - 0.5 - left))
+    taps_y = torch.stack(cubic_taps(source_y - 0.5 - top))
+    weights = (taps_y[:, None] * taps_x).flatten(0, 1)  # (16, n, H, W)
     padded = F.pad(images.float(), [2] * 4, mode="replicate").flatten(2)
     row, column = top.long().clamp_(-1, height - 1) + 1, left.long().clamp_(-1, width - 1) + 1
     first = (row * (width + 4) + column).flatten(1)  # in `padded`: the first of 4x4 neighbours
+    four = torch.arange(4, device=images.device)
+    neighbours = first + ((width + 4) * four[:, None] + four).view(16, 1, 1)  # (16, n, H * W)
     sampled = torch.zeros(images.shape, device=images.device)
-    for i, tap_y in enumerate(taps_y):
-        for j, tap_x in enumerate(taps_x):
-            neighbour = (first + (i * (width + 4) + j))[:, None].expand(-1, 3, -1)
-            sampled.addcmul_((tap_y * tap_x)[:, None], padded.gather(2, neighbour).view_as(images))
+    for weight, neighbour in zip(weights, neighbours, strict=True):
+        values = padded.gather(2, neighbour[:, None].expand(-1, 3, -1))
+        sampled.addcmul_(weight[:, None], values.view_as(images))
     return fill_outside(sampled, inside[:, None])
 
 
