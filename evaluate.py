@@ -71,10 +71,12 @@ from train import (
     autocast,
     build_network,
     build_optimizer,
+    check_order,
     complete,
     first_alone,
     head_scores,
     headline,
+    is_imagenet,
     join,
     precision,
     printable,
@@ -109,11 +111,6 @@ def open_network(source: str, place: Place) -> tuple[nn.Module, dict]:
     return network.to(place.device), PAPER | settings | {"img_size": network.img_size, "workers": -1}
 
 
-def is_imagenet(classes: list[str] | None, num_classes: int) -> bool:
-    """Whether classes are ImageNet's 1000, which files know as nothing or as `n01440764` and so on."""
-    return num_classes == 1000 and all(re.fullmatch(r"n\d{8}", name) for name in classes or ())
-
-
 def class_names(network: nn.Module, num_classes: int) -> list[str]:
     """What to call a network's classes: as in training, but ImageNet's by words."""
     if is_imagenet(network.classes, num_classes):
@@ -132,6 +129,7 @@ def class_indices(source: str, network: nn.Module, num_classes: int, names: list
     if unnamed and all(re.fullmatch("[0-9]+", name) for name in names) and max(map(int, names)) < num_classes:
         return [int(name) for name in names]
     if network.classes is None and len(names) == num_classes:
+        check_order(source, names)
         return list(range(num_classes))
     if network.classes is None:
         raise UsageError(f"{source} knows {num_classes} classes without names; the data set has {len(names)}")

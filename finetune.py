@@ -34,6 +34,7 @@ from train import (
     add_flag,
     begin,
     build_parser,
+    check_order,
     complete,
     evaluate,
     finish,
@@ -193,6 +194,8 @@ def starting(
     keep_heads = classes == saved["classes"]
     if saved["classes"] is None:  # the authors' files do not name them, but ImageNet's have one order
         keep_heads = same and len(classes) == saved["num_classes"]
+        if keep_heads:
+            check_order(source, classes)
     if not keep_heads and same and settings["recipe"] == "paper":
         raise UsageError(
             f"{source} knows other classes than {settings['data_path']}, and --recipe paper at a higher "

@@ -2988,6 +2988,9 @@ def test_classes_go_by_name_then_by_number_then_by_place():
     assert indices(None, 12, ["0", "1", "10", "11", "2"]) == [0, 1, 10, 11, 2]  # ImageNet-V2
     assert indices([f"n{i:08}" for i in range(1000)], 1000, ["1", "999", "5"]) == [1, 999, 5]
     assert indices(None, 2, ["x", "y"]) == [0, 1]
+    assert indices(None, 1000, [f"n{i:08}" for i in range(1000)]) == list(range(1000))
+    with pytest.raises(UsageError, match="net.pth knows ImageNet's 1000 classes .* otherwise: 'x0'"):
+        indices(None, 1000, [f"x{i}" for i in range(1000)])
     for classes, count, names in ((["a", "b"], 2, ["0", "1"]), (None, 3, ["3"]), (["a", "b"], 2, ["a", "z"])):
         with pytest.raises(UsageError, match="net.pth knows"):
             indices(classes, count, names)

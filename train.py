@@ -1056,13 +1056,29 @@ def train_teacher(
     return str(of_first(place, keep) / "last.pth")
 
 
+def is_imagenet(classes: list[str] | None, num_classes: int) -> bool:
+    """Whether classes are ImageNet's 1000, which files know as nothing or as `n01440764` and so on."""
+    return num_classes == 1000 and all(re.fullmatch(r"n\d{8}", name) for name in classes or ())
+
+
+def check_order(source: str, names: list[str]) -> None:
+    """Raises UsageError if a network of nameless classes cannot know these, of the same number, by place."""
+    if len(names) == 1000 and not is_imagenet(names, 1000):
+        raise UsageError(
+            f"{source} knows ImageNet's 1000 classes in the order of their numbers, n01440764 and so on; the "
+            f"data set's are called otherwise: {names[0]!r}"
+        )
+
+
 def load_teacher(settings: dict, data: list[ArraySet | FolderSet], place: Place) -> nn.Module:
     """The teacher in settings["teacher_weights"], on the device."""
     classes, weights = data[0].classes, settings["teacher_weights"]
     sizes = {name: settings[name] for name in ("img_size", "patch_size")}
     teacher = first_alone(place, lambda: create_teacher(settings["teacher"], len(classes), weights, **sizes))
     teacher = teacher.to(place.device)
-    if teacher.classes is not None and teacher.classes != classes:
+    if teacher.classes is None:
+        check_order(weights, classes)
+    elif teacher.classes != classes:
         odd = next(n for n in range(len(classes)) if teacher.classes[n] != classes[n])
         raise UsageError(
             f"{weights} knows other classes, or in another order: class {odd} is {teacher.classes[odd]!r} "
