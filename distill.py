@@ -20,21 +20,22 @@ import torchvision
 from torch import Tensor, nn
 from torchvision.models.regnet import BlockParams, RegNet
 
-from model import OFFICIAL, SIZES, UsageError, check_fit, create_model, nearest
+from model import OFFICIAL, SIZES, UsageError, check_fit, create_model, nearest, widened
 
 Outputs = Tensor | tuple[Tensor, Tensor]
 
 
 def both(outputs: Outputs) -> tuple[Tensor, Tensor]:
-    """The logits that learn from the label and those that learn from the teacher."""
-    return (outputs, outputs) if isinstance(outputs, Tensor) else outputs
+    """The logits that learn from the label and those that learn from the teacher, in float32 at least."""
+    first, second = (outputs, outputs) if isinstance(outputs, Tensor) else outputs
+    return widened(first), widened(second)
 
 
 def label_loss(outputs: Outputs, targets: Tensor) -> Tensor:
     """Cross-entropy with the true label; of a pair the mean of both, the paper's control."""
+    first, second = both(outputs)
     if isinstance(outputs, Tensor):
-        return F.cross_entropy(outputs, targets)
-    first, second = outputs
+        return F.cross_entropy(first, targets)
     return (F.cross_entropy(first, targets) + F.cross_entropy(second, targets)) / 2
 
 
@@ -48,7 +49,7 @@ def soft_distillation_loss(
     from the student's.
     """
     class_logits, student_logits = both(outputs)
-    student, teacher = (F.log_softmax(z / tau, dim=-1) for z in (student_logits, teacher_logits))
+    student, teacher = (F.log_softmax(z / tau, dim=-1) for z in (student_logits, widened(teacher_logits)))
     divergence = F.kl_div(student, teacher, reduction="batchmean", log_target=True)
     return (1 - lam) * F.cross_entropy(class_logits, targets) + lam * tau**2 * divergence
 

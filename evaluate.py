@@ -78,6 +78,7 @@ from train import (
     headline,
     is_imagenet,
     join,
+    out_of_memory,
     precision,
     printable,
     program,
@@ -382,11 +383,14 @@ def largest_batch(ready: Callable[[int], Callable], device: torch.device) -> int
     """The largest power of two up to 4096 for which ready(batch)() fits the GPU's memory; elsewhere 16."""
     batch = 4096 if device.type == "cuda" else 16
     while device.type == "cuda" and batch > 1:
+        torch.compiler.reset()  # a graph of its own for each size, not one for any size
         try:
             ready(batch)()
             synchronize(device)
             break
-        except torch.OutOfMemoryError:
+        except RuntimeError as error:
+            if not out_of_memory(error):
+                raise
             batch //= 2
         torch.cuda.empty_cache()
     return batch

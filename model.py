@@ -118,9 +118,8 @@ class DropPath(nn.Module):
         if not self.training or self.rate == 0.0:
             return x[:, :front] + branch(x)
         scale, keep = 1 / (1 - self.rate), torch.rand(len(x), 1, 1, device=x.device) >= self.rate
-        if x.device.type != "cpu" or keep.all():
-            out = branch(x)
-            return x[:, :front] + out * (keep * scale).to(out.dtype)
+        if x.device.type != "cpu" or torch.compiler.is_compiling() or keep.all():
+            return x[:, :front].add(branch(x) * keep, alpha=scale)
         # A CPU computes only what is kept. On a GPU that would wait for the draw, and cut a compiled graph.
         kept = keep.flatten().nonzero().flatten()
         return x[:, :front].index_add(0, kept, branch(x.index_select(0, kept)).to(x.dtype), alpha=scale)
@@ -275,6 +274,11 @@ def create_model(
     )
 
 
+def widened(logits: Tensor) -> Tensor:
+    """Logits in float32 at least: softmax and losses need more digits than autocast leaves them."""
+    return logits.float() if logits.dtype.itemsize < 4 else logits
+
+
 def fuse(outputs: Tensor | tuple[Tensor, Tensor]) -> Tensor:
     """Class probabilities (B, C) from a model's output logits: late fusion (section 4).
 
@@ -283,7 +287,7 @@ def fuse(outputs: Tensor | tuple[Tensor, Tensor]) -> Tensor:
     """
     if isinstance(outputs, Tensor):
         outputs = (outputs,)
-    probabilities = [torch.softmax(z.float() if z.dtype.itemsize < 4 else z, dim=-1) for z in outputs]
+    probabilities = [torch.softmax(widened(logits), dim=-1) for logits in outputs]
     return torch.stack(probabilities).mean(dim=0)
 
 

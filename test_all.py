@@ -282,6 +282,16 @@ def test_stochastic_depth_grows_linearly_and_keeps_the_expectation():
         drop.train()
 
 
+def test_stochastic_depth_is_compiled_into_one_graph():
+    model = DeiT(64, 1, depth=3, num_classes=5, img_size=16, patch_size=8, drop_path=0.5).train()
+    compiled = torch.compile(model, backend="eager", fullgraph=True)  # refuses breaks
+    images = torch.randn(8, 3, 16, 16)
+    torch.manual_seed(0)
+    expected = model(images)
+    torch.manual_seed(0)
+    torch.testing.assert_close(compiled(images), expected)
+
+
 def test_stochastic_depth_computes_nothing_of_what_it_drops():
     seen, drop, x = [], DropPath(0.5), torch.ones(100, 2, 3)
     drop(x, lambda x: seen.append(len(x)) or x)
@@ -419,6 +429,20 @@ def test_soft_distillation_is_equation_2_and_hard_is_equation_3(token, soft_targ
     assert hard_distillation_loss(outputs, targets, teacher).item() == pytest.approx(expected, rel=1e-12)
     expected = cross_entropy - (y * log_softmax64(student)).sum(1).mean() if token else 2 * cross_entropy
     assert label_loss(outputs, targets).item() == pytest.approx(expected / 2, rel=1e-12)
+
+
+@pytest.mark.parametrize("token", [True, False])
+def test_losses_of_logits_in_bfloat16_are_computed_in_float32(token):
+    torch.manual_seed(0)
+    first, second, teacher = (3 * torch.randn(6, 5).bfloat16() for _ in range(3))
+    targets = torch.randint(5, (6,))
+    for loss in (label_loss, soft_distillation_loss, hard_distillation_loss):
+        more = [] if loss is label_loss else [teacher]
+        with torch.autocast("cpu", torch.bfloat16):
+            value = loss((first, second) if token else first, targets, *more)
+        exact = loss((first.double(), second.double()) if token else first.double(), targets, *more)
+        assert value.dtype == torch.float32
+        assert value.item() == pytest.approx(exact.item(), rel=1e-6)
 
 
 def test_the_papers_tau_and_lambda_are_the_defaults():

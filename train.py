@@ -271,6 +271,7 @@ def join(device: str) -> Place:
                 "--nproc_per_node"
             )
         torch.cuda.set_device(local)
+        torch.backends.cudnn.allow_tf32 = False  # --precision fp32 means it, in convolutions too
         device = f"cuda:{local}"
     if world > 1:
         on_gpu = device.startswith("cuda")
@@ -428,11 +429,10 @@ def build_optimizer(network: nn.Module, settings: dict) -> torch.optim.Optimizer
         {"params": decayed, "weight_decay": settings["weight_decay"]},
         {"params": spared, "weight_decay": 0.0},
     ]
+    kind = decayed[0].device.type
     if settings["optimizer"] == "sgd":
-        return torch.optim.SGD(groups, lr=0.0, momentum=0.9, nesterov=True)
-    return torch.optim.AdamW(
-        groups, lr=0.0, betas=(0.9, 0.999), eps=1e-8, fused=decayed[0].device.type != "mps"
-    )
+        return torch.optim.SGD(groups, lr=0.0, momentum=0.9, nesterov=True, fused=kind == "cuda")
+    return torch.optim.AdamW(groups, lr=0.0, betas=(0.9, 0.999), eps=1e-8, fused=kind != "mps")
 
 
 def learning_rate(step: int, steps: int, warmup: int, settings: dict) -> float:
@@ -445,12 +445,13 @@ def learning_rate(step: int, steps: int, warmup: int, settings: dict) -> float:
 
 
 def loss_function(settings: dict, teacher: nn.Module | None) -> Callable[..., Tensor]:
-    """loss(outputs, targets, inputs): the teacher sees exactly the inputs that the student saw."""
+    """loss(network, inputs, targets): the teacher sees exactly the inputs that the network sees."""
 
-    def loss(outputs, targets: Tensor, inputs: Tensor) -> Tensor:
+    def loss(network: nn.Module, inputs: Tensor, targets: Tensor) -> Tensor:
         if teacher is None:
-            return label_loss(outputs, targets)
-        judged = teacher_logits(teacher, inputs)
+            return label_loss(network(inputs), targets)
+        judged = teacher_logits(teacher, inputs)  # first, while no activations wait for the backward pass
+        outputs = network(inputs)
         if settings["distill"] == "soft":
             return soft_distillation_loss(outputs, targets, judged, settings["tau"], settings["lam"])
         return hard_distillation_loss(outputs, targets, judged)
@@ -691,7 +692,12 @@ class Run:
         self.optimizer = build_optimizer(self.network, settings)
         self.scaler = torch.amp.GradScaler(device.type, enabled=number == torch.float16)
         self.average = copy.deepcopy(self.network).requires_grad_(False) if settings["ema"] else None
-        self.blend = get_ema_multi_avg_fn(settings["ema"])
+        if self.average is not None:
+            self.blend = get_ema_multi_avg_fn(settings["ema"])
+            states = self.average.state_dict(), self.network.state_dict()
+            pairs = list(zip(*(state.values() for state in states), strict=True))
+            self.averaged = list(zip(*(pair for pair in pairs if pair[0].is_floating_point()), strict=True))
+            self.counted = [pair for pair in pairs if not pair[0].is_floating_point()]
         self.step = 0  # steps done
         self.log: list[dict] = []  # one record an epoch
         # The loss of this epoch's steps so far: their sum here, and as last gathered from all processes
@@ -747,11 +753,9 @@ class Run:
 
     def update_average(self) -> None:
         """average <- decay · average + (1 - decay) · network; BatchNorm's counts are copied."""
-        pairs = list(zip(self.average.state_dict().values(), self.network.state_dict().values(), strict=True))
-        self.blend(*zip(*(pair for pair in pairs if pair[0].is_floating_point()), strict=True), None)
-        for average, current in pairs:
-            if not average.is_floating_point():
-                average.copy_(current)
+        self.blend(*self.averaged, None)
+        for average, current in self.counted:
+            average.copy_(current)
 
     def save(self, best: bool = False) -> None:
         """Writes the log, then last.pth and, if told to, before it best.pth: the work of one process."""
@@ -780,6 +784,8 @@ class Run:
     def restore(self, contents: dict) -> None:
         """Continues from a checkpoint."""
         self.network.load_state_dict(contents["model"])
+        for group in contents["optimizer"]["param_groups"]:  # this device's way, not that of the one before
+            group["fused"] = self.optimizer.defaults["fused"]
         self.optimizer.load_state_dict(contents["optimizer"])
         if contents["scaler"]:  # empty where no fp16 was used
             self.scaler.load_state_dict(contents["scaler"])
@@ -869,7 +875,8 @@ def train(
 
     def step() -> None:
         """One step of the optimizer, over all the parts of its batch."""
-        model.train()
+        if not run.network.training:  # since an evaluation
+            run.network.train()
         lr = run.learning_rate(run.step)
         for group in run.optimizer.param_groups:
             group["lr"] = lr
@@ -882,7 +889,7 @@ def train(
             last_part = part == settings["accumulate"] - 1
             with nullcontext() if last_part or place.world == 1 else model.no_sync():
                 with autocast(settings, device):
-                    loss = loss_of(model(inputs), targets, inputs) / settings["accumulate"]
+                    loss = loss_of(model, inputs, targets) / settings["accumulate"]
                 run.scaler.scale(loss).backward()
             losses += loss.detach()
         if settings["clip_grad"]:
@@ -1013,7 +1020,7 @@ def train_teacher(
     so that students of any settings and seeds share one, and another data set never does.
     """
     shared = ("data", "data_path", "img_size", "patch_size", "batch_size", "accumulate")
-    shared += ("precision", "device", "workers")
+    shared += ("precision", "device", "workers", "compile")
     own = {name: settings[name] for name in shared} | {"model": settings["teacher"], "distill": "none"}
     own = complete(own | {"epochs": settings["teacher_epochs"], "resume": True} | (recipe or {}))
     identity = {name: value for name, value in own.items() if name not in INCIDENTAL}
@@ -1084,6 +1091,8 @@ def load_teacher(settings: dict, data: list[ArraySet | FolderSet], place: Place)
             f"{weights} knows other classes, or in another order: class {odd} is {teacher.classes[odd]!r} "
             f"there and {classes[odd]!r} here; a teacher must have been trained on the student's classes"
         )
+    if settings["compile"]:
+        teacher.compile()
     return teacher if settings["teacher"] in SIZES else teacher.to(memory_format=torch.channels_last)
 
 
@@ -1134,6 +1143,12 @@ def finish(settings: dict, accuracy: dict[str, float], started: float, place: Pl
     )
 
 
+def out_of_memory(error: Exception) -> bool:
+    """Whether an error says so; cuDNN then finds no engine for a convolution."""
+    said = any(sign in str(error) for sign in ("can't allocate memory", "unable to find an engine"))
+    return said or isinstance(error, MemoryError | torch.OutOfMemoryError)
+
+
 def program(main: Callable[[], None]) -> None:
     """Runs a script's main function; a person's mistake ends it with one line and exit code 2."""
     sys.stdout.reconfigure(errors="backslashreplace")  # a terminal without × and τ shows their codes
@@ -1162,7 +1177,7 @@ def program(main: Callable[[], None]) -> None:
     except OSError as error:  # a path too long, a folder that may not be read: its text names it
         end(f"error: {error}", 2)
     except (RuntimeError, MemoryError) as error:
-        if isinstance(error, MemoryError | torch.OutOfMemoryError) or "can't allocate memory" in str(error):
+        if out_of_memory(error):
             end("error: out of memory; lower --batch-size or raise --accumulate", 2)
         if "DataLoader worker" in str(error):
             end(f"error: {error} If memory or /dev/shm is short, lower --workers", 2)
