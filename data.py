@@ -7,6 +7,7 @@ batches of images uint8 (B, 3, S, S) and labels int64 (B,).
     python data.py shapes.png       draws a sheet of the `shapes` data set
 """
 
+import argparse
 import importlib.util
 import json
 import os
@@ -284,7 +285,7 @@ def open_folder(
     With `train` the classes are those of that folder, of which this one may lack some; there none is empty.
     """
     try:
-        found = torchvision.datasets.ImageFolder(folder, allow_empty=folder != train)
+        found = torchvision.datasets.ImageFolder(folder, allow_empty=True)
         classes = torchvision.datasets.folder.find_classes(train)[0] if train else found.classes
     except OSError as error:
         raise UsageError(
@@ -297,6 +298,8 @@ def open_folder(
     paths = [path for path, _ in found.samples]
     index = {name: number for number, name in enumerate(classes)}
     labels = [index[found.classes[label]] for _, label in found.samples]
+    if folder == train and (empty := sorted(set(range(len(classes))) - set(labels))):
+        raise UsageError(f"there is no image in {folder / classes[empty[0]]}")
     streamed = FolderSet(paths, labels, classes, skip_broken)
     images, kept, broken = None, [], []
     for path, label in zip(paths, labels, strict=True):
@@ -530,7 +533,9 @@ def eval_batches(
 
 
 if __name__ == "__main__":
-    path = sys.argv[1] if len(sys.argv) > 1 else "shapes.png"
+    parser = argparse.ArgumentParser(description="Draws a sheet of the `shapes` data set.")
+    parser.add_argument("path", nargs="?", default="shapes.png", help="the picture to write [shapes.png]")
+    path = parser.parse_args().path
     sheet = Image.new("RGB", (12 * 36, 10 * 36), "white")
     for i in range(120):
         sheet.paste(draw_shape(0, "train", i, 32)[0], (i // 10 * 36 + 2, i % 10 * 36 + 2))

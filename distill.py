@@ -139,6 +139,10 @@ def read_checkpoint(source: str | Path) -> dict:
             contents = torch.load(source, map_location="cpu", weights_only=True)
     except FileNotFoundError:
         raise UsageError(f"there is no file {source}") from None
+    except IsADirectoryError:
+        raise UsageError(
+            f"{source} is a folder; name a checkpoint in it, such as {source}/last.pth"
+        ) from None
     except urllib.error.URLError as error:
         reason = getattr(error, "reason", error)
         raise UsageError(

@@ -130,7 +130,7 @@ def class_indices(source: str, network: nn.Module, num_classes: int, names: list
     if unnamed and all(re.fullmatch("[0-9]+", name) for name in names) and max(map(int, names)) < num_classes:
         return [int(name) for name in names]
     if network.classes is None and len(names) == num_classes:
-        check_order(source, names)
+        check_order(source, names, num_classes)
         return list(range(num_classes))
     if network.classes is None:
         raise UsageError(f"{source} knows {num_classes} classes without names; the data set has {len(names)}")
@@ -814,6 +814,10 @@ def main() -> None:
     word.add_argument("--seed", type=int, default=0, help="of the whole batches [0]")
 
     arguments = parser.parse_args()
+    for name in ("val", "real"):  # before anything is downloaded or computed
+        path = getattr(arguments, name, None)
+        if path and not os.path.exists(path):
+            raise UsageError(f"there is no {path}, which --{name} names")
     arguments.act(arguments)
 
 

@@ -43,6 +43,7 @@ from train import (
     join,
     load_teacher,
     program,
+    recall,
     restore,
     say,
     train,
@@ -195,7 +196,7 @@ def starting(
     if saved["classes"] is None:  # the authors' files do not name them, but ImageNet's have one order
         keep_heads = same and len(classes) == saved["num_classes"]
         if keep_heads:
-            check_order(source, classes)
+            check_order(source, classes, len(classes))
     if not keep_heads and same and settings["recipe"] == "paper":
         raise UsageError(
             f"{source} knows other classes than {settings['data_path']}, and --recipe paper at a higher "
@@ -230,7 +231,8 @@ def main() -> None:
     place = join(given.get("device", "auto"))
     settings, checkpoint, lower = PAPER | given, {}, False
     if given.get("resume") and given.get("out"):  # a run knows how to go on
-        settings, checkpoint = restore(settings, given)
+        given = recall(given, Path(given["out"]))
+        settings, checkpoint = restore(PAPER | given, given)
         if checkpoint and "checkpoint" not in settings:
             raise UsageError(f"{given['out']} is a run of train.py; continue it with train.py --resume")
     if not checkpoint:
@@ -241,7 +243,7 @@ def main() -> None:
         settings, lower = finetune_settings(given, saved)
         settings, checkpoint = restore(settings, given)
         original = create_teacher(saved["model"], saved["num_classes"], source).to(place.device)
-    data = begin(settings, place)
+    data = begin(settings, place, None if checkpoint else given)
     start_from = None if checkpoint else starting(original, saved, settings, data, place)
 
     teacher = None

@@ -1648,10 +1648,13 @@ def test_folders_that_make_no_data_set_are_refused(tmp_path):
         load_data("folder", str(tmp_path / "a"), 8, CPU)
     write_folder(tmp_path / "empty", [(8, 8)])
     (tmp_path / "empty/train/dog").mkdir()
-    with pytest.raises(UsageError, match="no images .* dog"):
+    with pytest.raises(UsageError, match="there is no image in .*train/dog"):
         load_data("folder", str(tmp_path / "empty"), 8, CPU)
     (tmp_path / "b/train/ant").mkdir(parents=True)
     (tmp_path / "b/val").mkdir()
+    with pytest.raises(UsageError, match="there is no images, in .*train"):
+        load_data("folder", str(tmp_path / "b"), 8, CPU)
+    (tmp_path / "b/train/ant").rmdir()
     with pytest.raises(UsageError, match="no images in class folders below"):
         load_data("folder", str(tmp_path / "b"), 8, CPU)
     write_folder(tmp_path / "c", [(8, 8)], splits=("train",))
@@ -2174,7 +2177,7 @@ MISTAKES = {
     "--img-size 1000000": "1000000 is not allowed: it must be at least 1 and at most 4096",
     "--img-size 1024 --patch-size 2": "512×512 patches are more than 256×256; raise --patch-size",
     "--batch-size 30 --accumulate 4": "does not divide into 1 processes × 4 parts; try 32",
-    "--batch-size 64": "is more than an epoch's 54 images",
+    "--batch-size 65": "is more than an epoch's 64 images",
     "--epochs 3 --warmup-epochs 3": "--warmup-epochs must be less than --epochs, 3",
     "--data folder --data-path nowhere": "there is no folder nowhere; name the data set's with --data-path",
     "--data folder --data-path notes.txt": "there is no folder notes.txt",
@@ -2196,7 +2199,8 @@ MISTAKES = {
 
 
 @pytest.mark.parametrize("words", MISTAKES)
-def test_mistakes_end_with_one_line_and_exit_code_2(tmp_path, monkeypatch, few_shapes, capsys, words):
+def test_mistakes_end_with_one_line_and_exit_code_2(tmp_path, monkeypatch, small, capsys, words):
+    monkeypatch.setattr("data.SHAPES_COUNT", {"train": 64, "val": 20})
     monkeypatch.chdir(tmp_path)
     (tmp_path / "notes.txt").write_text("notes")
     (tmp_path / "empty").mkdir()
@@ -2300,6 +2304,58 @@ def test_a_run_is_not_written_over_unless_told_to(tmp_path, monkeypatch, few_sha
     assert run_train(monkeypatch, *words, "--overwrite", "--seed", "1") == 0
     assert (tmp_path / "run/last.pth").read_bytes() != before
     assert len((tmp_path / "run/log.jsonl").read_text().splitlines()) == 1
+
+
+class Cut(Exception):
+    pass
+
+
+def cut(*arguments):
+    raise Cut
+
+
+def test_a_run_cut_off_in_its_teacher_goes_on_by_its_directory_alone(
+    tmp_path, monkeypatch, few_shapes, capsys
+):
+    words = QUICK | {"seed": 3, "epochs": 1, "distill": "hard", "teacher": "resnet18", "teacher_epochs": 2}
+    assert run_train(monkeypatch, *flags(words | {"out": tmp_path / "a/whole"})) == 0
+    monkeypatch.setattr("train.evaluate", cut)
+    with pytest.raises(Cut):
+        run_train(monkeypatch, *flags(words | {"out": tmp_path / "b/cut"}))
+    monkeypatch.setattr("train.evaluate", evaluate)
+    again = ["--out", tmp_path / "b/cut", "--resume"]
+    for more in (["--seed", 4], ["--lr", 0.1], ["--erasing", 0.5]):
+        assert run_train(monkeypatch, *again, *more) == 2
+        assert f"cut has {more[0]} " in capsys.readouterr().err
+    assert run_train(monkeypatch, *again) == 0
+    assert "resuming" in capsys.readouterr().out  # the teacher
+    assert all(
+        torch.equal(v, weights_of(tmp_path / "b/cut")[k]) for k, v in weights_of(tmp_path / "a/whole").items()
+    )
+    assert read_log(tmp_path / "a/whole") == read_log(tmp_path / "b/cut")
+
+
+def test_a_fine_tuning_cut_off_in_its_teacher_keeps_its_checkpoint(tmp_path, monkeypatch, few_shapes):
+    monkeypatch.chdir(tmp_path)
+    words = QUICK | {"epochs": 1, "distill": "hard", "teacher": "resnet18", "teacher_epochs": 1}
+    assert run_train(monkeypatch, *flags(words | {"out": "runs/first"})) == 0
+    monkeypatch.setattr("train.evaluate", cut)
+    with pytest.raises(Cut):
+        run_finetune(monkeypatch, "--epochs", 1, "--batch-size", 16, "--out", "runs/tuned")
+    monkeypatch.setattr("train.evaluate", evaluate)
+    assert run_train(monkeypatch, *flags(words | {"distill": "none", "out": "runs/second"})) == 0
+    assert run_finetune(monkeypatch, "--out", "runs/tuned", "--resume") == 0
+    tuned = read_checkpoint("runs/tuned/last.pth")["settings"]
+    assert (tuned["checkpoint"], tuned["distill"], tuned["epochs"]) == ("runs/first/last.pth", "hard", 1)
+    assert "teacher-shapes-24px-resnet18" in tuned["teacher_weights"]
+
+
+@pytest.mark.parametrize("run", [run_train, run_finetune])
+def test_where_there_is_nothing_to_continue_a_directory_alone_starts_nothing(
+    tmp_path, monkeypatch, capsys, run
+):
+    assert run(monkeypatch, "--out", tmp_path / "none", "--resume", "--workers", "1") == 2
+    assert f"there is no run in {tmp_path}/none to continue" in capsys.readouterr().err
 
 
 def test_a_file_is_whole_or_the_one_before(tmp_path):
@@ -3013,7 +3069,7 @@ def test_classes_go_by_name_then_by_number_then_by_place():
     assert indices([f"n{i:08}" for i in range(1000)], 1000, ["1", "999", "5"]) == [1, 999, 5]
     assert indices(None, 2, ["x", "y"]) == [0, 1]
     assert indices(None, 1000, [f"n{i:08}" for i in range(1000)]) == list(range(1000))
-    with pytest.raises(UsageError, match="net.pth knows ImageNet's 1000 classes .* otherwise: 'x0'"):
+    with pytest.raises(UsageError, match="net.pth knows ImageNet's 1000 classes .* others: 'x0'"):
         indices(None, 1000, [f"x{i}" for i in range(1000)])
     for classes, count, names in ((["a", "b"], 2, ["0", "1"]), (None, 3, ["3"]), (["a", "b"], 2, ["a", "z"])):
         with pytest.raises(UsageError, match="net.pth knows"):

@@ -562,6 +562,10 @@ def write_whole(path: Path, write: Callable, previous: Path | None = None) -> No
         raise UsageError(f"could not write {path}: {reason}; what was saved before is intact") from error
 
 
+def write_json(path: Path, contents: dict) -> None:
+    write_whole(path, lambda file: file.write(json.dumps(contents, indent=2).encode()))
+
+
 CHECKPOINTS = ("last.pth", "previous.pth", "best.pth")  # of a run, in the order in which one is continued
 
 
@@ -587,6 +591,29 @@ def newest(out: Path) -> dict:
     raise UsageError(f"{'; '.join(damaged.values())}; delete {out} to start anew")
 
 
+def check_same(given: dict, saved: dict, out: Path) -> None:
+    """Raises UsageError if a flag given is not what the run in `out` has."""
+    for name in sorted(given.keys() - INCIDENTAL - ADJUSTABLE):
+        if given[name] != saved.get(name):
+            flag, own = "--" + name.replace("_", "-"), saved.get(name, "as its recipe says")
+            raise UsageError(
+                f"the run in {out} has {flag} {own}, not {given[name]}; resume it with its own settings"
+            )
+
+
+def recall(given: dict, out: Path) -> dict:
+    """The flags of the run in `out` if it is to go on and was stopped before its first save, else `given`."""
+    if not given.get("resume") or any((out / name).exists() for name in CHECKPOINTS):
+        return given
+    if (out / "flags.json").exists():
+        saved = json.loads((out / "flags.json").read_bytes())
+        check_same(given, saved, out)
+        return saved | {name: given[name] for name in (INCIDENTAL | ADJUSTABLE) & given.keys()}
+    if given.keys() <= INCIDENTAL:
+        raise UsageError(f"there is no run in {out} to continue, and no flag that says what to start")
+    return given
+
+
 def restore(settings: dict, given: dict) -> tuple[dict, dict]:
     """The settings and the checkpoint to continue from: the run's own with --resume, else as they are and {}.
 
@@ -609,12 +636,7 @@ def restore(settings: dict, given: dict) -> tuple[dict, dict]:
         return settings, {}
     checkpoint = newest(out)
     saved = {name: value for name, value in checkpoint["settings"].items() if name != "classes"}
-    for name in sorted(given.keys() & saved.keys() - INCIDENTAL - ADJUSTABLE):
-        if given[name] != saved[name]:
-            raise UsageError(
-                f"the run in {out} has --{name.replace('_', '-')} {saved[name]}, not {given[name]}; "
-                "resume it with its own settings"
-            )
+    check_same(given, saved, out)
     adjusted = {name: given[name] for name in ADJUSTABLE & given.keys()}
     return saved | adjusted | {name: settings[name] for name in INCIDENTAL}, checkpoint
 
@@ -638,7 +660,7 @@ def start_directory(out: Path, settings: dict, fresh: bool) -> None:
         partial.unlink(missing_ok=True)
     for stale in (*CHECKPOINTS, "log.jsonl") if fresh else ():
         (out / stale).unlink(missing_ok=True)
-    write_whole(out / "settings.json", lambda file: file.write(json.dumps(settings, indent=2).encode()))
+    write_json(out / "settings.json", settings)
 
 
 # ---- The loop ----
@@ -810,6 +832,15 @@ class Run:
             )
 
 
+def steps_per_epoch(settings: dict, train_set: ArraySet | FolderSet, place: Place) -> int:
+    """How many steps an epoch has; raises UsageError if not even one."""
+    sampler = RepeatedAugmentSampler(len(train_set), place.world, place.rank, settings["repeats"])
+    epoch, batch = len(sampler) * place.world, settings["batch_size"]
+    if epoch < batch:
+        raise UsageError(f"--batch-size {batch} is more than an epoch's {epoch} images; lower it")
+    return epoch // batch
+
+
 def train(
     settings: dict,
     data: list[ArraySet | FolderSet],
@@ -827,12 +858,7 @@ def train(
     settings = settings | {"classes": train_set.classes}
     part_size = settings["batch_size"] // (place.world * settings["accumulate"])  # images a forward pass
     sampler = RepeatedAugmentSampler(len(train_set), place.world, place.rank, settings["repeats"], seed)
-    per_epoch = len(sampler) // (part_size * settings["accumulate"])
-    if per_epoch == 0:
-        epoch_size = len(sampler) * place.world
-        raise UsageError(
-            f"--batch-size {settings['batch_size']} is more than an epoch's {epoch_size} images; lower it"
-        )
+    per_epoch = steps_per_epoch(settings, train_set, place)
     steps = settings["epochs"] * per_epoch
 
     run = Run(settings, place, per_epoch, None if checkpoint else initial)
@@ -935,9 +961,10 @@ def train(
         except Interrupted:
             run.save()
             number = asked or signals.got
+            name = signal.Signals(number).name
             raise Interrupted(
-                f"stopped by {signal.Signals(number).name} after step {run.step} of {steps}; all is saved in "
-                f"{settings['out']}, and the same command with --resume goes on",
+                f"stopped by {name} after step {run.step} of {steps}; all is saved; go on with "
+                f"--out {settings['out']} --resume",
                 number,
             ) from None
     return run.log[-1]["accuracy"]
@@ -1025,7 +1052,7 @@ def train_teacher(
     own = complete(own | {"epochs": settings["teacher_epochs"], "resume": True} | (recipe or {}))
     identity = {name: value for name, value in own.items() if name not in INCIDENTAL}
     identity |= {"classes": data[0].classes, "images": len(data[0]), "start": start}
-    identity |= {"data_path": str(Path(own["data_path"]).resolve())}
+    identity |= {"data_path": "" if own["data"] == "shapes" else str(Path(own["data_path"]).resolve())}
     digest = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:8]
     name = f"teacher-{own['data']}-{own['img_size']}px-{own['model'].replace('/', '_')}-{digest}"
     mine, shared = Path(settings["out"]) / name, Path(settings["out"]).parent / name
@@ -1051,7 +1078,11 @@ def train_teacher(
             check_fit(network.state_dict(), state, f"{start} does not fit a {own['model']} of {size} pixels")
             network.load_state_dict(state)
 
-    accuracy = train(own, data, None, place, checkpoint, begin_with if start else None)
+    try:
+        accuracy = train(own, data, None, place, checkpoint, begin_with if start else None)
+    except Interrupted as stop:  # what goes on is the student's run
+        text, number = stop.args
+        raise Interrupted(text.replace(f" {mine} ", f" {settings['out']} "), number) from None
     say(place, f"teacher: {chief(accuracy):.2f} % top-1")
 
     def keep() -> Path:
@@ -1068,12 +1099,12 @@ def is_imagenet(classes: list[str] | None, num_classes: int) -> bool:
     return num_classes == 1000 and all(re.fullmatch(r"n\d{8}", name) for name in classes or ())
 
 
-def check_order(source: str, names: list[str]) -> None:
-    """Raises UsageError if a network of nameless classes cannot know these, of the same number, by place."""
-    if len(names) == 1000 and not is_imagenet(names, 1000):
+def check_order(source: str, names: list[str], num_classes: int) -> None:
+    """Raises UsageError if a network of so many nameless classes knows ImageNet's, and these are others."""
+    if num_classes == 1000 and not is_imagenet(names, len(names)):
         raise UsageError(
             f"{source} knows ImageNet's 1000 classes in the order of their numbers, n01440764 and so on; the "
-            f"data set's are called otherwise: {names[0]!r}"
+            f"data set's {len(names)} are others: {names[0]!r}"
         )
 
 
@@ -1084,7 +1115,7 @@ def load_teacher(settings: dict, data: list[ArraySet | FolderSet], place: Place)
     teacher = first_alone(place, lambda: create_teacher(settings["teacher"], len(classes), weights, **sizes))
     teacher = teacher.to(place.device)
     if teacher.classes is None:
-        check_order(weights, classes)
+        check_order(weights, classes, len(classes))
     elif teacher.classes != classes:
         odd = next(n for n in range(len(classes)) if teacher.classes[n] != classes[n])
         raise UsageError(
@@ -1117,13 +1148,19 @@ def describe(settings: dict, data: list[ArraySet | FolderSet], place: Place) -> 
     say(place, line)
 
 
-def begin(settings: dict, place: Place) -> list[ArraySet | FolderSet]:
-    """Refuses what cannot work, and loads the data."""
+def begin(settings: dict, place: Place, given: dict | None) -> list[ArraySet | FolderSet]:
+    """Refuses what cannot work, and loads the data. A fresh run's flags are `given`, and written down."""
     check(settings, place)
     source = [settings[name] for name in ("data", "data_path", "img_size")]
     source += [place.device, ("train", "val"), settings["skip_broken"]]
     data = first_alone(place, lambda: load_data(*source))
+    steps_per_epoch(settings, data[0], place)
     describe(settings, data, place)
+    if settings["distill"] in ("soft", "hard") and settings["teacher_weights"] == "published":
+        check_order("published", data[0].classes, 1000)
+    if given is not None and place.rank == 0:
+        start_directory(Path(settings["out"]), settings, fresh=True)
+        write_json(Path(settings["out"]) / "flags.json", given)
     return data
 
 
@@ -1155,6 +1192,8 @@ def program(main: Callable[[], None]) -> None:
     first = os.environ.get("RANK", "0") == "0"
 
     def end(text: str, code: int) -> None:
+        if sys.stdout.isatty():
+            print(CLEAR, end="", flush=True)  # the line of progress
         print(printable(text), file=sys.stderr, flush=True)
         sys.exit(code)
 
@@ -1190,9 +1229,10 @@ def program(main: Callable[[], None]) -> None:
 def main() -> None:
     started = time.monotonic()
     given = vars(build_parser("train.py", __doc__.splitlines()[0]).parse_args())
+    given = recall(given, Path(complete(given)["out"]))
     settings, checkpoint = restore(complete(given), given)
     place = join(settings["device"])
-    data = begin(settings, place)
+    data = begin(settings, place, None if checkpoint else given)
     teacher = None
     if settings["distill"] in ("soft", "hard"):
         settings["teacher_weights"] = settings["teacher_weights"] or train_teacher(settings, data, place)
