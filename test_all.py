@@ -3384,7 +3384,7 @@ def commands() -> list[tuple[str, list[str], list[str]]]:
         text = re.sub(r"\$\w+", "1", page.read_text().replace("\\\n", " "))  # a shell variable
         for block, inline in re.findall(r"^```\w*\n(.*?)^```|`([^`\n]+)`", text, re.MULTILINE | re.DOTALL):
             lines = [line for line in (block or inline).splitlines() if ".py" in line]
-            for words in (shlex.split(line, comments=True) for line in lines):
+            for words in (shlex.split(line.partition(" ||")[0], comments=True) for line in lines):
                 places = [n for n, word in enumerate(words) if word in PROGRAMS and len(words) > 1]
                 found += [(words[n], words[:n], words[n + 1 :]) for n in places]
     return found

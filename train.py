@@ -1154,8 +1154,10 @@ def begin(settings: dict, place: Place, given: dict | None) -> list[ArraySet | F
     source = [settings[name] for name in ("data", "data_path", "img_size")]
     source += [place.device, ("train", "val"), settings["skip_broken"]]
     data = first_alone(place, lambda: load_data(*source))
-    steps_per_epoch(settings, data[0], place)
+    steps = steps_per_epoch(settings, data[0], place)
     describe(settings, data, place)
+    if steps < 10:
+        say(place, f"an epoch has only {steps} steps: of so few images a smaller --batch-size learns more")
     if settings["distill"] in ("soft", "hard") and settings["teacher_weights"] == "published":
         check_order("published", data[0].classes, 1000)
     if given is not None and place.rank == 0:
