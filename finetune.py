@@ -231,7 +231,7 @@ def main() -> None:
     place = join(given.get("device", "auto"))
     settings, checkpoint, lower = PAPER | given, {}, False
     if given.get("resume") and given.get("out"):  # a run knows how to go on
-        given = recall(given, Path(given["out"]))
+        given = recall(given, Path(given["out"]), tuned=True)
         settings, checkpoint = restore(PAPER | given, given)
         if checkpoint and "checkpoint" not in settings:
             raise UsageError(f"{given['out']} is a run of train.py; continue it with train.py --resume")

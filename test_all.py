@@ -2324,6 +2324,8 @@ def test_a_run_cut_off_in_its_teacher_goes_on_by_its_directory_alone(
         run_train(monkeypatch, *flags(words | {"out": tmp_path / "b/cut"}))
     monkeypatch.setattr("train.evaluate", evaluate)
     again = ["--out", tmp_path / "b/cut", "--resume"]
+    assert run_finetune(monkeypatch, *again) == 2
+    assert "cut is a run of train.py; continue it with train.py --resume" in capsys.readouterr().err
     for more in (["--seed", 4], ["--lr", 0.1], ["--erasing", 0.5]):
         assert run_train(monkeypatch, *again, *more) == 2
         assert f"cut has {more[0]} " in capsys.readouterr().err
@@ -2343,6 +2345,7 @@ def test_a_fine_tuning_cut_off_in_its_teacher_keeps_its_checkpoint(tmp_path, mon
     with pytest.raises(Cut):
         run_finetune(monkeypatch, "--epochs", 1, "--batch-size", 16, "--out", "runs/tuned")
     monkeypatch.setattr("train.evaluate", evaluate)
+    assert run_train(monkeypatch, "--out", "runs/tuned", "--resume") == 2
     assert run_train(monkeypatch, *flags(words | {"distill": "none", "out": "runs/second"})) == 0
     assert run_finetune(monkeypatch, "--out", "runs/tuned", "--resume") == 0
     tuned = read_checkpoint("runs/tuned/last.pth")["settings"]

@@ -601,12 +601,18 @@ def check_same(given: dict, saved: dict, out: Path) -> None:
             )
 
 
-def recall(given: dict, out: Path) -> dict:
-    """The flags of the run in `out` if it is to go on and was stopped before its first save, else `given`."""
+def recall(given: dict, out: Path, tuned: bool) -> dict:
+    """The flags of the run in `out` if it is to go on and was stopped before its first save, else `given`.
+
+    `tuned` tells the runs of finetune.py, which alone goes on with them, from those of train.py.
+    """
     if not given.get("resume") or any((out / name).exists() for name in CHECKPOINTS):
         return given
     if (out / "flags.json").exists():
         saved = json.loads((out / "flags.json").read_bytes())
+        if ("checkpoint" in saved) != tuned:
+            owner = "train.py" if tuned else "finetune.py"
+            raise UsageError(f"{out} is a run of {owner}; continue it with {owner} --resume")
         check_same(given, saved, out)
         return saved | {name: given[name] for name in (INCIDENTAL | ADJUSTABLE) & given.keys()}
     if given.keys() <= INCIDENTAL:
@@ -1231,7 +1237,7 @@ def program(main: Callable[[], None]) -> None:
 def main() -> None:
     started = time.monotonic()
     given = vars(build_parser("train.py", __doc__.splitlines()[0]).parse_args())
-    given = recall(given, Path(complete(given)["out"]))
+    given = recall(given, Path(complete(given)["out"]), tuned=False)
     settings, checkpoint = restore(complete(given), given)
     place = join(settings["device"])
     data = begin(settings, place, None if checkpoint else given)
