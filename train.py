@@ -1229,7 +1229,7 @@ def program(main: Callable[[], None]) -> None:
         if "DataLoader worker" in str(error):
             end(f"error: {error} If memory or /dev/shm is short, lower --workers", 2)
         if dist.is_initialized() and (isinstance(error, dist.DistError) or "onnection" in str(error)):
-            reason = " ".join(str(error).split())[:300]
+            reason = " ".join(str(error).partition(". ")[0].split())[:300]
             end(f"error: another process has ended, and says why, or is out of reach: {reason}", 1)
         raise
 
