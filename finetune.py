@@ -229,7 +229,7 @@ def main() -> None:
     started = time.monotonic()
     given = vars(finetune_parser().parse_args())
     place = join(given.get("device", "auto"))
-    settings, checkpoint, lower = PAPER | given, {}, False
+    checkpoint, lower = {}, False
     if given.get("resume") and given.get("out"):  # a run knows how to go on
         given = recall(given, Path(given["out"]), tuned=True)
         settings, checkpoint = restore(PAPER | given, given)

@@ -2491,9 +2491,7 @@ def test_the_older_checkpoint_serves_when_the_last_is_damaged(tmp_path, unhurt, 
         assert "last.pth is not a checkpoint" in told
         assert told.endswith(f"continuing from {tmp_path}/run/previous.pth\n")
         assert told.count("\n") == 1
-        assert (tmp_path / "run/last.pth.damaged").read_bytes() == whole[
-            :length
-        ]  # out of the next save's way
+        assert (tmp_path / "run/last.pth.damaged").read_bytes() == whole[:length]
         assert not last.exists()
     for place in rng.integers(0, len(whole), 20):
         flipped = bytearray(whole)

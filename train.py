@@ -715,7 +715,7 @@ class Run:
         if initial is not None:
             initial(self.network)
         freeze(self.network, settings.get("train", "all"))
-        if settings["model"] not in SIZES:  # convolutions are faster so
+        if settings["model"] not in SIZES:  # the layout that torch recommends for convolutions
             self.network = self.network.to(memory_format=torch.channels_last)
         self.optimizer = build_optimizer(self.network, settings)
         self.scaler = torch.amp.GradScaler(device.type, enabled=number == torch.float16)
@@ -1052,9 +1052,9 @@ def train_teacher(
     then moved beside that. The directory's name ends in a hash of all that decides what the teacher becomes,
     so that students of any settings and seeds share one, and another data set never does.
     """
-    shared = ("data", "data_path", "img_size", "patch_size", "batch_size", "accumulate")
-    shared += ("precision", "device", "workers", "compile")
-    own = {name: settings[name] for name in shared} | {"model": settings["teacher"], "distill": "none"}
+    common = ("data", "data_path", "img_size", "patch_size", "batch_size", "accumulate")
+    common += ("precision", "device", "workers", "compile")
+    own = {name: settings[name] for name in common} | {"model": settings["teacher"], "distill": "none"}
     own = complete(own | {"epochs": settings["teacher_epochs"], "resume": True} | (recipe or {}))
     identity = {name: value for name, value in own.items() if name not in INCIDENTAL}
     identity |= {"classes": data[0].classes, "images": len(data[0]), "start": start}
