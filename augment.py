@@ -1,13 +1,11 @@
 """What happens to a batch of images before the model sees it (section 6, Tables 7 and 9).
 
-    random_crop -> Augment: flip -> RandAugment | AutoAugment | colour jitter
-                            -> normalise -> erasing -> Mixup | CutMix
+    random_crop -> Augment: flip -> RandAugment | AutoAugment | color jitter
+                            -> normalize -> erasing -> Mixup | CutMix
 
-Everything works on whole batches, on the device the batch is on: images are grouped by operation, and each
-operation is a short function of (images, one argument an image) that does to the pixels what Pillow does.
-Random choices are drawn on the CPU from the generator passed in, so that the same generator gives the same
-pixels on every device and no step ever waits for the GPU. `RepeatedAugmentSampler` decides which images make
-up an epoch.
+The file follows that path; `Augment` near its end is the whole of it. Everything works on whole batches, on
+the batch's device, image by image what Pillow does. Random choices are drawn on the CPU from the generator
+passed in, so that they are the same on every device and no step waits for the GPU.
 
     python evaluate.py augmentations --out augmentations.png      draws every operation below
 """
@@ -19,15 +17,14 @@ from collections.abc import Callable, Iterator
 import numpy as np
 import torch
 import torch.nn.functional as F
+import torchvision
 from torch import Generator, Tensor
 from torch.utils.data import Sampler
 
-MEAN, STD = (
-    (0.485, 0.456, 0.406),
-    (0.229, 0.224, 0.225),
-)  # ImageNet's, used for every data set as in the paper
-SMALL_IMAGE = 64  # pixels: up to this side, images kept at their own size are padded and cropped
-FILL = (124, 116, 104)  # the mean as a colour: what geometric operations show beyond the border
+MEAN = (0.485, 0.456, 0.406)  # ImageNet's, used for every data set as in the paper
+STD = (0.229, 0.224, 0.225)
+FILL = (124, 116, 104)  # the mean as a color: what geometric operations show beyond the border
+SMALL_IMAGE = 32  # pixels: up to this side, images kept at their own size are padded and cropped
 
 
 def keyed_generator(*key) -> Generator:
@@ -39,18 +36,141 @@ def keyed_generator(*key) -> Generator:
     return Generator().manual_seed(int.from_bytes(digest, "little") >> 1)
 
 
-def to_device(choices: Tensor, images: Tensor) -> Tensor:
-    """Moves what was drawn on the CPU to where the images are, without waiting for it."""
-    return choices.to(images.device, non_blocking=True)
+def to_device(values: Tensor, device: torch.device) -> Tensor:
+    """Moves what was drawn on the CPU to the device; CUDA copies it first, so nothing has to wait."""
+    return values.to(device, non_blocking=device.type == "cuda")
 
 
-def choose(condition: Tensor, yes: Tensor, no: Tensor) -> Tensor:
-    """torch.where for uint8, in arithmetic: 12 ms on a CPU where torch 2.15 takes 54.
+def cubic_taps(offset: Tensor, a: float = -1.0) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Weights of the four neighbors at -1, 0, 1, 2 for a point `offset` (0..1) to the right of neighbor 0.
 
-    python -m timeit -s "import torch; x = torch.randint(256, (64, 3, 224, 224)).byte(); c = x > 128"
-        "torch.where(c, 255 - x, x)" or "c * (255 - x) + ~c * x", with OMP_NUM_THREADS=1
+    Keys' cubic kernel (1981), whose four weights sum to 1, in factored form. Pillow's Image.transform has
+    a = -1, where its resize has a = -0.5 and torch a = -0.75.
     """
-    return condition * yes + ~condition * no
+    rest = 1 - offset
+    outer = a * offset * rest
+    first, fourth = outer * rest, outer * offset
+    second = rest * (1 + offset * (1 - (a + 2) * offset))
+    return first, second, 1 - first - second - fourth, fourth
+
+
+# ---- Crops and flips: uint8 (B, 3, H, W) in and out ----
+
+
+def draw_boxes(
+    count: int, sides: Tensor, largest: Tensor, scale: tuple, ratio: float, generator: Generator
+) -> tuple[Tensor, Tensor]:
+    """Boxes (top, left, height, width) int64 (count, 4), and which of them were found, bool (count,).
+
+    Their area is uniform in `scale`, as a share of the image of these `sides` (height, width), their aspect
+    log-uniform in ratio..1/ratio. Of 10 draws the first whose sides are 1..largest counts.
+    """
+    area = sides.prod() * torch.empty(count, 10, 1).uniform_(*scale, generator=generator)
+    log_aspect = torch.empty(count, 10, 1).uniform_(math.log(ratio), -math.log(ratio), generator=generator)
+    drawn = (area * torch.cat([-log_aspect, log_aspect], dim=2).exp()).sqrt().round()  # (count, 10, 2)
+    fits = ((drawn >= 1) & (drawn <= largest)).all(dim=2)
+    drawn = drawn[torch.arange(count), fits.int().argmax(dim=1)]  # (count, 2)
+    corner = (torch.rand(count, 2, generator=generator) * (sides - drawn + 1)).floor()
+    return torch.cat([corner, drawn], dim=1).long(), fits.any(dim=1)
+
+
+def random_boxes(count: int, height: int, width: int, generator: Generator) -> Tensor:
+    """Random resized crop's boxes (top, left, height, width) int64 (count, 4): 8 % to 100 % of the area.
+
+    Where no draw fits into the image: the largest centered box of an aspect (w/h) from 3/4 to 4/3.
+    """
+    sides = torch.tensor([height, width])
+    boxes, found = draw_boxes(count, sides, sides, (0.08, 1), 3 / 4, generator)
+    largest = torch.tensor([round(min(height, width * 4 / 3)), round(min(width, height * 4 / 3))])
+    return torch.where(found[:, None], boxes, torch.cat([(sides - largest) // 2, largest]))
+
+
+def resize_lines(lines: Tensor, start: Tensor, length: Tensor, size: int) -> Tensor:
+    """Resizes lines start..start + length of each image bicubically: float (B, L, D) -> (B, size, D).
+
+    `start` and `length` float (B,) are on the CPU. As in Pillow's resize, shrinking widens the kernel, and
+    what lies beyond the stretch counts for nothing.
+    """
+    (count, total, _), device = lines.shape, lines.device
+    taps = math.ceil(4 * max(1.0, length.max().item() / size)) + 1
+    start, length = to_device(torch.stack([start, length]), device)[:, :, None, None]
+    scale = length / size
+    reach = scale.clamp(min=1)
+    centers = start + (torch.arange(size, device=device)[:, None] + 0.5) * scale
+    index = (centers - 2 * reach).floor() + torch.arange(taps, device=device)  # (B, size, taps)
+    distance = ((index + 0.5 - centers) / reach).abs()
+    far, near, _, _ = cubic_taps(torch.where(distance < 1, distance, distance - 1).clamp(max=1), a=-0.5)
+    weights = torch.where(distance < 1, near, far) * ((index >= start) & (index < start + length))
+    weights = weights / weights.sum(dim=2, keepdim=True)
+    # A line of the result is a weighted sum of `taps` lines of the image: a bag of embeddings. On a CPU
+    # products with dense (size, L) matrices take three times as long at 224 pixels.
+    index = index.clamp(0, total - 1).long() + total * torch.arange(count, device=device)[:, None, None]
+    index, weights = index.view(-1, taps), weights.view(-1, taps)
+    resized = F.embedding_bag(index, lines.flatten(0, 1), per_sample_weights=weights, mode="sum")
+    return resized.view(count, size, -1)
+
+
+def resize_boxes(images: Tensor, boxes: Tensor, size: int) -> Tensor:
+    """Cuts box i = (top, left, height, width) out of image i and resizes it: uint8 (B, 3, size, size).
+
+    `boxes` (B, 4) are on the CPU.
+    """
+    if images.device.type == "cpu" and len(images) > 16:  # a few at a time stay in a CPU's cache
+        parts = zip(images.split(16), boxes.split(16), strict=True)
+        return torch.cat([resize_boxes(*part, size) for part in parts])
+    top, left, h, w = boxes.float().T
+    lines = images.permute(0, 3, 1, 2).flatten(2).float()  # the columns, (B, W, 3·H)
+    lines = resize_lines(lines, left, w, size).round_().clamp_(0, 255)  # Pillow too rounds between its passes
+    lines = lines.unflatten(2, (3, -1)).permute(0, 3, 2, 1).flatten(2)  # the rows, (B, H, 3·size)
+    lines = resize_lines(lines, top, h, size).round_().clamp_(0, 255).to(torch.uint8)
+    return lines.unflatten(2, (3, -1)).transpose(1, 2).contiguous()
+
+
+def pad_and_crop(images: Tensor, generator: Generator, padding: int = 4) -> Tensor:
+    """Pads with black and cuts the old size out again at a random place."""
+    height, width = images.shape[2:]
+    corner = torch.randint(2 * padding + 1, (2, len(images)), generator=generator)
+    top, left = to_device(corner, images.device)
+    windows = F.pad(images, [padding] * 4).unfold(2, height, 1).unfold(3, width, 1)  # a view
+    index = torch.arange(len(images), device=images.device)
+    return windows[index, :, top, left]  # (B, 3, tops, lefts, H, W) -> (B, 3, H, W)
+
+
+def random_crop(images: Tensor, size: int, generator: Generator) -> Tensor:
+    """Training crop uint8 (B, 3, size, size): random resized crop; small images of that size are padded."""
+    height, width = images.shape[2:]
+    if height == width == size <= SMALL_IMAGE:
+        return pad_and_crop(images, generator)
+    return resize_boxes(images, random_boxes(len(images), height, width, generator), size)
+
+
+def resize_size(*sides: int, size: int) -> list[int]:
+    """The sides to resize to before the evaluation crop: the short one to size / 0.875, rounded down.
+
+    So do the authors: 438 pixels at 384.
+    """
+    short = int(size / 0.875)
+    return [short * side // min(sides) for side in sides]
+
+
+def center_crop(images: Tensor, size: int) -> Tensor:
+    """Evaluation crop uint8 (B, 3, size, size): short side to size / 0.875, then the center.
+
+    Images of their own size stay as they are.
+    """
+    height, width = images.shape[2:]
+    if (height, width) == (size, size):
+        return images
+    sides = resize_size(height, width, size=size)
+    resized = F.interpolate(images.float(), sides, mode="bicubic", antialias=True)
+    top, left = (round((side - size) / 2) for side in sides)
+    return resized[:, :, top : top + size, left : left + size].round().clamp_(0, 255).to(torch.uint8)
+
+
+def random_flip(images: Tensor, generator: Generator) -> Tensor:
+    """Mirrors each image left to right with probability 0.5."""
+    flipped = to_device(torch.rand(len(images), 1, 1, 1, generator=generator) < 0.5, images.device)
+    return flipped * images.flip(3) + ~flipped * images  # torch.where takes four times as long on uint8
 
 
 # ---- Operations: (images uint8 (n, 3, H, W), argument float (n,)) -> uint8 (n, 3, H, W) ----
@@ -58,33 +178,30 @@ def choose(condition: Tensor, yes: Tensor, no: Tensor) -> Tensor:
 
 def blend(degenerate: Tensor, images: Tensor, factor: Tensor) -> Tensor:
     """Pillow's Image.blend: factor 0 gives `degenerate`, 1 the images, above 1 goes beyond them."""
-    degenerate = degenerate.float()
-    return (
-        (degenerate + factor.float().view(-1, 1, 1, 1) * (images - degenerate)).clamp_(0, 255).to(torch.uint8)
-    )
+    degenerate, factor = degenerate.float(), factor.float().view(-1, 1, 1, 1)
+    return (degenerate + factor * (images - degenerate)).clamp_(0, 255).to(torch.uint8)
 
 
-def grey(images: Tensor) -> Tensor:
+def grayscale(images: Tensor) -> Tensor:
     """Luma (n, 1, H, W) int32 in 0..255, in Pillow's fixed-point arithmetic."""
     red, green, blue = images.int().unbind(1)
     return (red * 19595 + green * 38470 + blue * 7471 + 32768 >> 16).unsqueeze(1)
 
 
-def look_up(images: Tensor, table: Tensor) -> Tensor:
-    """Replaces each value by its entry in a table (n, 3, 256) of its own image and channel."""
-    return table.to(torch.uint8).gather(2, images.flatten(2).long()).view_as(images)
+def apply_lut(images: Tensor, lut: Tensor) -> Tensor:
+    """Replaces each value by its entry in a look-up table (n, 3, 256) of its own image and channel."""
+    return lut.to(torch.uint8).gather(2, images.flatten(2).long()).view_as(images)
 
 
-def auto_contrast(images: Tensor, argument: Tensor) -> Tensor:
+def autocontrast(images: Tensor, argument: Tensor) -> Tensor:
     """Stretches each channel to 0..255; a channel of one value stays as it is."""
-    low, high = images.flatten(2).aminmax(dim=2, keepdim=True)
     # float64 because Pillow's truncation to whole levels depends on the last bit; mps has none
-    number = torch.float32 if images.device.type == "mps" else torch.float64
-    low, high = low.to(number), high.to(number)
-    values = torch.arange(256, device=images.device, dtype=number)
+    dtype = torch.float32 if images.device.type == "mps" else torch.float64
+    low, high = (x.to(dtype) for x in images.flatten(2).aminmax(dim=2, keepdim=True))
+    values = torch.arange(256, device=images.device, dtype=dtype)
     scale = torch.full_like(low, 255.0) / (high - low)  # `255.0 / tensor` would round twice
     stretched = (values * scale + -low * scale).clamp(0, 255)
-    return look_up(images, torch.where(high > low, stretched, values))
+    return apply_lut(images, torch.where(high > low, stretched, values))
 
 
 def equalize(images: Tensor, argument: Tensor) -> Tensor:
@@ -93,14 +210,10 @@ def equalize(images: Tensor, argument: Tensor) -> Tensor:
     counts = torch.zeros(*values.shape[:2], 256, dtype=torch.int32, device=images.device)
     counts.scatter_add_(2, values, torch.ones((), dtype=torch.int32, device=images.device).expand_as(values))
     last = counts.gather(2, values.amax(dim=2, keepdim=True))
-    step = (values.shape[2] - last).div(255, rounding_mode="floor")
+    step = (values.shape[2] - last) // 255
     before = counts.cumsum(2, dtype=torch.int32) - counts
-    flat = (
-        (step.div(2, rounding_mode="floor") + before)
-        .div(step.clamp(min=1), rounding_mode="floor")
-        .clamp(max=255)
-    )
-    return look_up(images, torch.where(step > 0, flat, torch.arange(256, device=images.device)))
+    flat = ((step // 2 + before) // step.clamp(min=1)).clamp(max=255)
+    return apply_lut(images, torch.where(step > 0, flat, torch.arange(256, device=images.device)))
 
 
 def invert(images: Tensor, argument: Tensor) -> Tensor:
@@ -114,7 +227,8 @@ def posterize(images: Tensor, bits: Tensor) -> Tensor:
 
 def solarize(images: Tensor, threshold: Tensor) -> Tensor:
     """Inverts the values at or above the threshold (0..256)."""
-    return choose(images >= threshold.int().view(-1, 1, 1, 1), 255 - images, images)
+    inverted = images >= threshold.int().view(-1, 1, 1, 1)
+    return images ^ (255 * inverted.to(torch.uint8))  # x ^ 255 is 255 - x
 
 
 def solarize_add(images: Tensor, addend: Tensor) -> Tensor:
@@ -124,14 +238,14 @@ def solarize_add(images: Tensor, addend: Tensor) -> Tensor:
 
 
 def color(images: Tensor, factor: Tensor) -> Tensor:
-    """Saturation: factor 0 is grey."""
-    return blend(grey(images), images, factor)
+    """Saturation: factor 0 is gray."""
+    return blend(grayscale(images), images, factor)
 
 
 def contrast(images: Tensor, factor: Tensor) -> Tensor:
     """Factor 0 is the image's mean luma everywhere, rounded to a whole level."""
     pixels = images[0, 0].numel()
-    mean = (2 * grey(images).sum(dim=(2, 3), keepdim=True) + pixels).div(2 * pixels, rounding_mode="floor")
+    mean = (2 * grayscale(images).sum(dim=(2, 3), keepdim=True) + pixels) // (2 * pixels)
     return blend(mean, images, factor)
 
 
@@ -145,29 +259,16 @@ def sharpness(images: Tensor, factor: Tensor) -> Tensor:
     smooth = images.float()
     if min(images.shape[2:]) > 2:
         rows = smooth[:, :, :-2] + smooth[:, :, 1:-1] + smooth[:, :, 2:]
-        centre = smooth[:, :, 1:-1, 1:-1]
-        centre.copy_((rows[..., :-2] + rows[..., 1:-1] + rows[..., 2:] + 4 * centre).div_(13).round_())
+        center = smooth[:, :, 1:-1, 1:-1]
+        center.copy_((rows[..., :-2] + rows[..., 1:-1] + rows[..., 2:] + 4 * center).div_(13).round_())
     return blend(smooth, images, factor)
 
 
-def cubic_taps(offset: Tensor, a: float = -1.0) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Weights of the four neighbours at -1, 0, 1, 2 for a point `offset` (0..1) to the right of neighbour 0.
-
-    Keys' cubic kernel (1981), whose four weights sum to 1, in factored form. Pillow's Image.transform has
-    a = -1, where its resize has a = -0.5 and torch a = -0.75.
-    """
-    rest = 1 - offset
-    outer = a * offset * rest
-    first, fourth = outer * rest, outer * offset
-    second = rest * (1 + offset * (1 - (a + 2) * offset))
-    return first, second, 1 - first - second - fourth, fourth
-
-
 def fill_outside(sampled: Tensor, inside: Tensor) -> Tensor:
-    """Whole levels where the source point lies in the image, the fill colour elsewhere."""
-    fill = torch.tensor(FILL, dtype=torch.uint8).to(sampled.device, non_blocking=True).view(1, 3, 1, 1)
+    """Whole levels where the source point lies in the image, the fill color elsewhere."""
+    fill = to_device(torch.tensor(FILL, dtype=torch.uint8), sampled.device).view(1, 3, 1, 1)
     # Four float32 weights may sum to a hair less than 1; cut to whole levels, flat areas would darken by one.
-    return choose(inside, (sampled + 1e-3).clamp_(0, 255).to(torch.uint8), fill)
+    return inside * (sampled + 1e-3).clamp_(0, 255).to(torch.uint8) + ~inside * fill
 
 
 def shift_rows(images: Tensor, shift: Tensor) -> Tensor:
@@ -181,8 +282,8 @@ def shift_rows(images: Tensor, shift: Tensor) -> Tensor:
     sampled = taps[0] * source[..., :width]
     for k in (1, 2, 3):
         sampled.addcmul_(taps[k], source[..., k : k + width])
-    centres = torch.arange(width, device=images.device) + 0.5 + shift[..., None]
-    return fill_outside(sampled, ((centres >= 0) & (centres < width))[:, None])
+    centers = torch.arange(width, device=images.device) + 0.5 + shift[..., None]
+    return fill_outside(sampled, ((centers >= 0) & (centers < width))[:, None])
 
 
 def shear_x(images: Tensor, shear: Tensor) -> Tensor:
@@ -191,108 +292,94 @@ def shear_x(images: Tensor, shear: Tensor) -> Tensor:
     return shift_rows(images, shear.float()[:, None] * rows)
 
 
-def shear_y(images: Tensor, shear: Tensor) -> Tensor:
-    return shear_x(images.transpose(2, 3), shear).transpose(2, 3)
-
-
 def translate_x(images: Tensor, share: Tensor) -> Tensor:
     """Moves the content left by `share` of the width."""
     return shift_rows(images, (share.float() * images.shape[3])[:, None])
 
 
-def translate_y(images: Tensor, share: Tensor) -> Tensor:
-    return translate_x(images.transpose(2, 3), share).transpose(2, 3)
+def transposed(operation: Callable[[Tensor, Tensor], Tensor]) -> Callable[[Tensor, Tensor], Tensor]:
+    """The operation that does to columns what `operation` does to rows."""
+    return lambda images, argument: operation(images.transpose(2, 3), argument).transpose(2, 3)
 
 
 def rotate(images: Tensor, degrees: Tensor) -> Tensor:
-    """Turns the content counter-clockwise about the centre, by bicubic interpolation."""
+    """Turns the content counter-clockwise about the center, by bicubic interpolation."""
     height, width = images.shape[2:]
     angle = torch.deg2rad(degrees.float()).view(-1, 1, 1)
-    x = torch.arange(width, device=images.device) + 0.5 - width / 2  # pixel centres, from the image's centre
+    x = torch.arange(width, device=images.device) + 0.5 - width / 2  # pixel centers, from the image's center
     y = (torch.arange(height, device=images.device) + 0.5 - height / 2)[:, None]
     source_x = angle.cos() * x - angle.sin() * y + width / 2  # (n, H, W)
     source_y = angle.sin() * x + angle.cos() * y + height / 2
     inside = (source_x >= 0) & (source_x < width) & (source_y >= 0) & (source_y < height)
     left, top = (source_x - 0.5).floor(), (source_y - 0.5).floor()
-    taps_x = torch.stack(cubic_taps(source_x - 0.5 - left))
-    taps_y = torch.stack(cubic_taps(source_y - 0.5 - top))
-    weights = (taps_y[:, None] * taps_x).flatten(0, 1)  # (16, n, H, W)
-    padded = F.pad(images.float(), [2] * 4, mode="replicate").flatten(2)
-    row, column = top.long().clamp_(-1, height - 1) + 1, left.long().clamp_(-1, width - 1) + 1
-    first = (row * (width + 4) + column).flatten(1)  # in `padded`: the first of 4x4 neighbours
-    four = torch.arange(4, device=images.device)
-    neighbours = first + ((width + 4) * four[:, None] + four).view(16, 1, 1)  # (16, n, H * W)
+    taps_x, taps_y = cubic_taps(source_x - 0.5 - left), cubic_taps(source_y - 0.5 - top)
+    columns = [(left.long() + k).clamp_(0, width - 1) for k in (-1, 0, 1, 2)]
+    rows = [(top.long() + k).clamp_(0, height - 1) for k in (-1, 0, 1, 2)]
+    pixels = images.flatten(2).float()
     sampled = torch.zeros(images.shape, device=images.device)
-    for weight, neighbour in zip(weights, neighbours, strict=True):
-        values = padded.gather(2, neighbour[:, None].expand(-1, 3, -1))
-        sampled.addcmul_(weight[:, None], values.view_as(images))
+    for row, tap_y in zip(rows, taps_y, strict=True):
+        for column, tap_x in zip(columns, taps_x, strict=True):
+            index = (row * width + column).flatten(1)[:, None].expand_as(pixels)
+            sampled.addcmul_((tap_y * tap_x)[:, None], pixels.gather(2, index).view_as(images))
     return fill_outside(sampled, inside[:, None])
 
 
 OPERATIONS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
-    "AutoContrast": auto_contrast, "Equalize": equalize, "Invert": invert, "Rotate": rotate,
+    "AutoContrast": autocontrast, "Equalize": equalize, "Invert": invert, "Rotate": rotate,
     "Posterize": posterize, "Solarize": solarize, "SolarizeAdd": solarize_add, "Color": color,
     "Contrast": contrast, "Brightness": brightness, "Sharpness": sharpness, "ShearX": shear_x,
-    "ShearY": shear_y, "TranslateX": translate_x, "TranslateY": translate_y,
+    "ShearY": transposed(shear_x), "TranslateX": translate_x, "TranslateY": transposed(translate_x),
 }  # fmt: skip
 
 
-def apply_operations(images: Tensor, choice: Tensor, argument: Tensor) -> Tensor:
-    """Applies to image i the operation number choice[i] of OPERATIONS with argument[i]; choice -1 leaves it
-    alone.
+def apply_operations(images: Tensor, op: Tensor, argument: Tensor) -> Tensor:
+    """Applies to image i operation number op[i] of OPERATIONS with argument[i]; -1 leaves it alone.
 
-    `choice` int64 (B,) and `argument` float (B,) are on the CPU, the images anywhere.
+    `op` int64 (B,) and `argument` float (B,) are on the CPU, the images anywhere.
     """
-    order = choice.argsort()
-    # One selection puts the images of each operation side by side, another puts them back.
-    counts = torch.bincount(choice + 1, minlength=len(OPERATIONS) + 1).tolist()
-    grouped = images.index_select(0, to_device(order, images))
-    argument = to_device(argument[order], images)
-    end = counts[0]
-    for operation, count in zip(OPERATIONS.values(), counts[1:], strict=True):
-        start, end = end, end + count
-        if count:
-            grouped[start:end] = operation(grouped[start:end], argument[start:end])
-    return grouped.index_select(0, to_device(order.argsort(), images))
+    order = op.argsort()  # puts the images of each operation side by side
+    counts = torch.bincount(op + 1, minlength=1 + len(OPERATIONS)).tolist()  # known on the CPU: no waiting
+    grouped = images.index_select(0, to_device(order, images.device))
+    groups = grouped.split(counts)[1:]
+    arguments = to_device(argument[order], images.device).split(counts)[1:]
+    for operation, group, argument in zip(OPERATIONS.values(), groups, arguments, strict=True):
+        if len(group):
+            group.copy_(operation(group, argument))
+    return grouped.index_select(0, to_device(order.argsort(), images.device))
 
 
 # ---- Policies: which operation, how strong ----
 
-
-def signed(m: Tensor, sign: Tensor) -> Tensor:
-    return torch.clamp(1 + 0.9 * m * sign, min=0.1)
-
-
 # RandAugment's argument of each operation, from magnitude m = M/10 (0..1) and a sign (±1), both float64 (n,)
 RANDAUGMENT_ARGUMENTS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
-    "AutoContrast": lambda m, sign: m,  # these three have no argument
-    "Equalize": lambda m, sign: m,
-    "Invert": lambda m, sign: m,
+    **dict.fromkeys(("AutoContrast", "Equalize", "Invert"), lambda m, sign: m),  # they have no argument
     "Rotate": lambda m, sign: 30 * m * sign,
     "Posterize": lambda m, sign: 4 - (4 * m).floor(),
     "Solarize": lambda m, sign: 256 - (256 * m).floor(),
     "SolarizeAdd": lambda m, sign: (110 * m).floor(),
-    "Color": signed, "Contrast": signed, "Brightness": signed, "Sharpness": signed,
-    "ShearX": lambda m, sign: 0.3 * m * sign,
-    "ShearY": lambda m, sign: 0.3 * m * sign,
-    "TranslateX": lambda m, sign: 0.45 * m * sign,
-    "TranslateY": lambda m, sign: 0.45 * m * sign,
-}  # fmt: skip
+    **dict.fromkeys(
+        ("Color", "Contrast", "Brightness", "Sharpness"), lambda m, sign: (1 + 0.9 * m * sign).clamp(min=0.1)
+    ),
+    **dict.fromkeys(("ShearX", "ShearY"), lambda m, sign: 0.3 * m * sign),
+    **dict.fromkeys(("TranslateX", "TranslateY"), lambda m, sign: 0.45 * m * sign),
+}
 AUTOAUGMENT_ARGUMENTS = RANDAUGMENT_ARGUMENTS | {
     "Posterize": lambda m, sign: 4 + (4 * m).floor(),
     "Solarize": lambda m, sign: (256 * m).floor(),
-    "Color": lambda m, sign: 0.1 + 1.8 * m,
-    "Contrast": lambda m, sign: 0.1 + 1.8 * m,
-    "Sharpness": lambda m, sign: 0.1 + 1.8 * m,
+    **dict.fromkeys(("Color", "Contrast", "Sharpness"), lambda m, sign: 0.1 + 1.8 * m),
 }
 NAMES = list(OPERATIONS)
 
 
-def arguments(table: dict, choice: Tensor, m: Tensor, generator: Generator) -> Tensor:
-    """The argument (B,) of each image's operation; draws the signs, a fair coin each."""
-    sign = torch.randint(2, choice.shape, generator=generator).double() * 2 - 1
-    every = torch.stack([table[name](m, sign) for name in NAMES])  # (15, B): all, then the one that counts
-    return every.gather(0, choice[None])[0].float()
+def apply_at_magnitude(
+    images: Tensor, op: Tensor, m: Tensor, probability: float | Tensor, table: dict, generator: Generator
+) -> Tensor:
+    """Applies operation op[i] at magnitude m[i] with the given probability; `table` gives its argument."""
+    sign = torch.randint(2, op.shape, generator=generator).double() * 2 - 1
+    arguments = torch.stack([table[name](m, sign) for name in NAMES])  # (15, B), of which one an image counts
+    argument = arguments.gather(0, op[None])[0].float()
+    applied = torch.rand(len(images), generator=generator) < probability
+    return apply_operations(images, torch.where(applied, op, -1), argument)
 
 
 class RandAugment:
@@ -307,56 +394,31 @@ class RandAugment:
 
     def __call__(self, images: Tensor, generator: Generator) -> Tensor:
         for _ in range(self.num_ops):
-            choice = torch.randint(len(NAMES), (len(images),), generator=generator)
+            op = torch.randint(len(NAMES), (len(images),), generator=generator)
             noise = torch.randn(len(images), generator=generator, dtype=torch.float64)
             m = (self.magnitude + self.magnitude_std * noise).clamp(0, 10) / 10
-            argument = arguments(RANDAUGMENT_ARGUMENTS, choice, m, generator)
-            applied = torch.rand(len(images), generator=generator) < 0.5
-            images = apply_operations(images, torch.where(applied, choice, -1), argument)
+            images = apply_at_magnitude(images, op, m, 0.5, RANDAUGMENT_ARGUMENTS, generator)
         return images
 
 
-# The 25 sub-policies found on ImageNet (Cubuk et al., 2019, Table 9): two of (operation, probability, level
-# 0..10)
-AUTOAUGMENT_POLICY = [
-    (("Posterize", 0.4, 8), ("Rotate", 0.6, 9)), (("Solarize", 0.6, 5), ("AutoContrast", 0.6, 5)),
-    (("Equalize", 0.8, 8), ("Equalize", 0.6, 3)), (("Posterize", 0.6, 7), ("Posterize", 0.6, 6)),
-    (("Equalize", 0.4, 7), ("Solarize", 0.2, 4)), (("Equalize", 0.4, 4), ("Rotate", 0.8, 8)),
-    (("Solarize", 0.6, 3), ("Equalize", 0.6, 7)), (("Posterize", 0.8, 5), ("Equalize", 1.0, 2)),
-    (("Rotate", 0.2, 3), ("Solarize", 0.6, 8)), (("Equalize", 0.6, 8), ("Posterize", 0.4, 6)),
-    (("Rotate", 0.8, 8), ("Color", 0.4, 0)), (("Rotate", 0.4, 9), ("Equalize", 0.6, 2)),
-    (("Equalize", 0.0, 7), ("Equalize", 0.8, 8)), (("Invert", 0.6, 4), ("Equalize", 1.0, 8)),
-    (("Color", 0.6, 4), ("Contrast", 1.0, 8)), (("Rotate", 0.8, 8), ("Color", 1.0, 2)),
-    (("Color", 0.8, 8), ("Solarize", 0.8, 7)), (("Sharpness", 0.4, 7), ("Invert", 0.6, 8)),
-    (("ShearX", 0.6, 5), ("Equalize", 1.0, 9)), (("Color", 0.4, 0), ("Equalize", 0.6, 3)),
-    (("Equalize", 0.4, 7), ("Solarize", 0.2, 4)), (("Solarize", 0.6, 5), ("AutoContrast", 0.6, 5)),
-    (("Invert", 0.6, 4), ("Equalize", 1.0, 8)), (("Color", 0.6, 4), ("Contrast", 1.0, 8)),
-    (("Equalize", 0.8, 8), ("Equalize", 0.6, 3)),
-]  # fmt: skip
-
-
 class AutoAugment:
-    """AutoAugment's ImageNet policy (Cubuk et al., 2019): uint8 (B, 3, H, W) in and out.
+    """AutoAugment's ImageNet policy (Cubuk et al., 2019, their Table 9): uint8 (B, 3, H, W) in and out.
 
-    Each image gets one of the 25 sub-policies, all equally likely.
+    Each image gets one of the 25 sub-policies, all equally likely: two operations one after the other, each
+    with its probability and its level 0..10. torchvision has the list; no level there is a level of 0 here.
     """
 
     def __init__(self):
-        self.choice = torch.tensor(
-            [[NAMES.index(name) for name, _, _ in pair] for pair in AUTOAUGMENT_POLICY]
-        )
-        self.probability = torch.tensor([[p for _, p, _ in pair] for pair in AUTOAUGMENT_POLICY])
-        self.level = torch.tensor(
-            [[v for _, _, v in pair] for pair in AUTOAUGMENT_POLICY], dtype=torch.float64
-        )
+        # 25 sub-policies of two (name, probability, level) -> 25 first and 25 second operations
+        steps = list(zip(*torchvision.transforms.AutoAugment().policies, strict=True))
+        self.op = [torch.tensor([NAMES.index(name) for name, _, _ in ops]) for ops in steps]
+        self.probability = [torch.tensor([p for _, p, _ in ops]) for ops in steps]
+        self.m = [torch.tensor([level or 0 for _, _, level in ops]).double() / 10 for ops in steps]
 
     def __call__(self, images: Tensor, generator: Generator) -> Tensor:
-        policy = torch.randint(len(AUTOAUGMENT_POLICY), (len(images),), generator=generator)
-        for k in (0, 1):
-            choice = self.choice[policy, k]
-            argument = arguments(AUTOAUGMENT_ARGUMENTS, choice, self.level[policy, k] / 10, generator)
-            applied = torch.rand(len(images), generator=generator) < self.probability[policy, k]
-            images = apply_operations(images, torch.where(applied, choice, -1), argument)
+        i = torch.randint(len(self.op[0]), (len(images),), generator=generator)
+        for op, p, m in zip(self.op, self.probability, self.m, strict=True):
+            images = apply_at_magnitude(images, op[i], m[i], p[i], AUTOAUGMENT_ARGUMENTS, generator)
         return images
 
 
@@ -370,197 +432,53 @@ class ColorJitter:
         self.strength = strength
 
     def __call__(self, images: Tensor, generator: Generator) -> Tensor:
-        three = torch.tensor([NAMES.index(name) for name in ("Brightness", "Contrast", "Color")])
-        order = three[torch.rand(len(images), 3, generator=generator).argsort(dim=1)]
-        for k in range(3):
+        ops = torch.tensor([NAMES.index(name) for name in ("Brightness", "Contrast", "Color")])
+        order = torch.rand(3, len(images), generator=generator).argsort(dim=0)  # (3, B)
+        for op in ops[order]:
             factor = 1 + self.strength * (2 * torch.rand(len(images), generator=generator) - 1)
-            images = apply_operations(images, order[:, k], factor)
+            images = apply_operations(images, op, factor)
         return images
 
 
-# ---- Crops and flips ----
-
-
-def random_flip(images: Tensor, generator: Generator) -> Tensor:
-    """Mirrors each image left to right with probability 0.5."""
-    flipped = to_device(torch.rand(len(images), 1, 1, 1, generator=generator) < 0.5, images)
-    return choose(flipped, images.flip(3), images)
-
-
-def pad_and_crop(images: Tensor, generator: Generator, padding: int = 4) -> Tensor:
-    """Pads with black and cuts the old size out again at a random place."""
-    height, width = images.shape[2:]
-    padded = F.pad(images, [padding] * 4)
-    top, left = torch.randint(2 * padding + 1, (2, len(images)), generator=generator)
-    every = torch.arange(len(images), device=images.device)
-    windows = padded.unfold(2, height, 1).unfold(3, width, 1)  # a view (B, 3, tops, lefts, H, W)
-    return windows[every, :, to_device(top, images), to_device(left, images)]
-
-
-def random_boxes(
-    count: int,
-    height: int,
-    width: int,
-    generator: Generator,
-    scale: tuple[float, float] = (0.08, 1.0),
-    ratio: tuple[float, float] = (3 / 4, 4 / 3),
-) -> Tensor:
-    """Boxes (top, left, height, width) int64 (count, 4) of random area (share of the image) and aspect (w/h).
-
-    The first of 10 draws that fits into the image, else the largest centred box of an allowed aspect.
-    """
-    sides = torch.tensor([height, width])
-    area = height * width * torch.empty(count, 10).uniform_(*scale, generator=generator)
-    aspect = torch.empty(count, 10).uniform_(math.log(ratio[0]), math.log(ratio[1]), generator=generator)
-    boxes = (area[..., None] * torch.stack([-aspect, aspect], dim=2).exp()).sqrt().round()  # (count, 10, 2)
-    fits = ((boxes >= 1) & (boxes <= sides)).all(dim=2)
-    boxes = boxes[torch.arange(count), fits.int().argmax(dim=1)]
-    place = (torch.rand(2, count, generator=generator).T * (sides - boxes + 1)).floor()
-    largest = torch.tensor([round(min(height, width / ratio[0])), round(min(width, height * ratio[1]))])
-    centred = torch.cat([(sides - largest) // 2, largest])
-    found = fits.any(dim=1, keepdim=True)
-    return torch.where(found, torch.cat([place, boxes], dim=1), centred).long()
-
-
-def resize_columns(images: Tensor, start: Tensor, length: Tensor, size: int) -> Tensor:
-    """Bicubically resizes a stretch of each column of image i to `size` pixels: float (B, 3, size, W).
-
-    `start` and `length`, float (B,) on the CPU, give the stretch in pixels of float images (B, 3, H, W). As
-    in Pillow's resize, shrinking widens the kernel, and pixels beyond the stretch count for nothing.
-    """
-    count, channels, height, width = images.shape
-    taps = math.ceil(4 * max(1.0, length.max().item() / size)) + 1
-    start, length = (to_device(values, images)[:, None, None] for values in (start, length))
-    scale = length / size
-    reach = scale.clamp(min=1)
-    centres = start + (torch.arange(size, device=images.device)[:, None] + 0.5) * scale
-    rows = (centres - 2 * reach).floor() + torch.arange(taps, device=images.device)  # (B, size, taps)
-    distance = ((rows + 0.5 - centres) / reach).abs()
-    far, near, _, _ = cubic_taps(torch.where(distance < 1, distance, distance - 1).clamp(max=1), a=-0.5)
-    weights = torch.where(distance < 1, near, far) * ((rows >= start) & (rows < start + length))
-    weights = weights / weights.sum(dim=2, keepdim=True)
-    # Each row of the result is a weighted sum of `taps` rows of the image: a bag of embeddings.
-    planes = torch.arange(count * channels, device=images.device).view(count, channels, 1, 1)
-    rows = (rows.clamp(0, height - 1).long()[:, None] + planes * height).view(-1, taps)
-    weights = weights[:, None].expand(-1, channels, -1, -1).reshape(-1, taps)
-    lines = images.reshape(-1, width)
-    resized = F.embedding_bag(rows, lines, per_sample_weights=weights, mode="sum")
-    return resized.view(count, channels, size, width)
-
-
-def resize_boxes(images: Tensor, boxes: Tensor, size: int) -> Tensor:
-    """Cuts box i = (top, left, height, width) out of image i and resizes it: uint8 (B, 3, size, size).
-
-    `boxes` (B, 4) are on the CPU.
-    """
-    if images.device.type == "cpu" and len(images) > 16:
-        # A few at a time stay in a CPU's cache.
-        parts = zip(images.split(16), boxes.split(16), strict=True)
-        return torch.cat([resize_boxes(some, theirs, size) for some, theirs in parts])
-    top, left, high, wide = boxes.float().T
-    rows = resize_columns(images.transpose(2, 3).float(), left, wide, size).round_().clamp_(0, 255)
-    resized = resize_columns(
-        rows.transpose(2, 3), top, high, size
-    )  # from whole levels, as Pillow's second pass
-    return resized.round_().clamp_(0, 255).to(torch.uint8)
-
-
-def random_crop(images: Tensor, size: int, generator: Generator) -> Tensor:
-    """Training crop uint8 (B, 3, size, size): random resized crop; small images of that size are padded."""
-    height, width = images.shape[2:]
-    if height == width == size <= SMALL_IMAGE:
-        return pad_and_crop(images, generator)
-    return resize_boxes(images, random_boxes(len(images), height, width, generator), size)
-
-
-def shown_size(*sides: int, size: int) -> list[int]:
-    """The sides to resize to before the evaluation crop: the short one to size / 0.875, rounded down.
-
-    So do the authors: 438 pixels at 384.
-    """
-    short = int(size / 0.875)
-    return [short * side // min(sides) for side in sides]
-
-
-def central_crop(images: Tensor, size: int) -> Tensor:
-    """Evaluation crop uint8 (B, 3, size, size): short side to size / 0.875, then the centre.
-
-    Images of their own size stay as they are.
-    """
-    height, width = images.shape[2:]
-    if (height, width) == (size, size):
-        return images
-    sides = shown_size(height, width, size=size)
-    resized = F.interpolate(images.float(), sides, mode="bicubic", antialias=True)
-    top, left = (round((side - size) / 2) for side in sides)
-    return resized[:, :, top : top + size, left : left + size].round().clamp_(0, 255).to(torch.uint8)
-
-
-# ---- After the pixels are numbers: normalise, erase, mix ----
+# ---- After the pixels are numbers: normalize, erase, mix ----
 
 
 def normalize(images: Tensor) -> Tensor:
     """uint8 (B, 3, H, W) -> float32 with ImageNet's mean 0 and standard deviation 1 in each channel."""
-    mean, std = (
-        torch.tensor(v).mul(255).view(1, 3, 1, 1).to(images.device, non_blocking=True) for v in (MEAN, STD)
-    )
+    if images.dtype != torch.uint8:
+        raise ValueError(f"images must be uint8, not {images.dtype}")
+    mean, std = to_device(255 * torch.tensor([MEAN, STD]), images.device).view(2, 1, 3, 1, 1)
     return images.float().sub_(mean).div_(std)
 
 
-def hashed_normal(seed: int, count: int, device: torch.device) -> Tensor:
-    """`count` draws of N(0, 1), float32, the same on every device: draw i is made from a hash of seed + i."""
-    x = (
-        torch.arange(count, device=device) + seed
-    )  # seed < 2³²; two rounds of multiply and xor-shift mix 32 bits
-    for multiplier in (0x7FEB352D, 0x846CA68B):
-        x = ((x ^ (x >> 16)) * multiplier) & 0xFFFFFFFF
-    x = (x ^ (x >> 16)) >> 9  # 23 bits: with the half between them they still fit float32, never reaching ±1
-    return torch.erfinv((x.float() + 0.5) / 2**22 - 1) * math.sqrt(2)
-
-
 class RandomErasing:
-    """Random erasing (Zhong et al., 2020) of normalised images: float (B, 3, H, W) in and out.
+    """Random erasing (Zhong et al., 2020) of normalized images: float (B, 3, H, W) in and out.
 
-    With the given probability, one box of 2 % to 33 % of the area and log-uniform aspect 0.3 to 3.3 is filled
-    with N(0, 1), a draw of its own for every pixel and channel; an image in which none of 10 boxes fits is
-    left alone.
+    With the given probability, one box of 2 % to 1/3 of the area and log-uniform aspect 0.3 to 1/0.3 is
+    filled with N(0, 1), a draw of its own for every pixel and channel; an image in which none of 10 boxes
+    fits is left alone. The boxes are the same on every device, the noise is not.
     """
 
-    def __init__(self, probability: float = 0.25):
-        self.probability = probability
+    def __init__(self, probability: float = 0.25, inplace: bool = False):
+        self.probability, self.inplace = probability, inplace
 
     def __call__(self, inputs: Tensor, generator: Generator) -> Tensor:
-        return self.erase_(inputs.clone(), generator)
-
-    def erase_(self, inputs: Tensor, generator: Generator) -> Tensor:
-        """The same in place."""
-        count, _, height, width = inputs.shape
-        area = height * width * torch.empty(count, 10).uniform_(0.02, 0.33, generator=generator)
-        aspect = torch.empty(count, 10).uniform_(math.log(0.3), math.log(3.3), generator=generator).exp()
-        high, wide = (area * aspect).sqrt().round().long(), (area / aspect).sqrt().round().long()
-        fits = (high >= 1) & (high < height) & (wide >= 1) & (wide < width)
-        first = fits.int().argmax(dim=1, keepdim=True)
-        chosen = (torch.rand(count, generator=generator) < self.probability) & fits.any(dim=1)
-        place = torch.rand(2, count, generator=generator)
-        seed = torch.randint(2**32, (), generator=generator).item()
-        image = chosen.nonzero()[:, 0]
-        if not len(image):
-            return inputs
-        high, wide = high.gather(1, first)[image, 0], wide.gather(1, first)[image, 0]
-        top = (place[0, image] * (height - high + 1)).long()
-        left = (place[1, image] * (width - wide + 1)).long()
-        # Name every erased pixel: its box, then its row and column in that box. The total is known here on
-        # the CPU.
-        sizes = high * wide
-        starts, total = sizes.cumsum(0) - sizes, int(sizes.sum())
-        table = to_device(torch.stack([image, top, left, wide, starts, sizes]), inputs)
-        box = torch.repeat_interleave(table[5], output_size=total)
-        image, top, left, wide, starts = table[:5, box]
-        offset = torch.arange(total, device=inputs.device) - starts
-        row, column = top + offset.div(wide, rounding_mode="floor"), left + offset % wide
-        noise = hashed_normal(seed, 3 * total, inputs.device).view(total, 3).to(inputs.dtype)
-        inputs[image, :, row, column] = noise
-        return inputs
+        count, channels, height, width = inputs.shape
+        sides, device = torch.tensor([height, width]), inputs.device
+        boxes, found = draw_boxes(count, sides, sides - 1, (0.02, 1 / 3), 0.3, generator)
+        erased = (torch.rand(count, generator=generator) < self.probability) & found
+        seed = torch.randint(2**62, (), generator=generator).item()
+        boxes, index = boxes[erased], to_device(erased.nonzero()[:, 0], device)
+        # The noise is drawn where it is needed. How much of it is known on the CPU: nothing waits.
+        total = channels * boxes[:, 2:].prod(dim=1).sum().item()
+        device_generator = Generator("cpu" if inputs.is_meta else device).manual_seed(seed)
+        noise = torch.randn(total, generator=device_generator, device=device, dtype=inputs.dtype)
+        top, left, h, w = to_device(boxes, device).T[..., None]  # (k, 1) each, of the k erased images
+        y, x = torch.arange(height, device=device), torch.arange(width, device=device)
+        rows, columns = (y >= top) & (y < top + h), (x >= left) & (x < left + w)  # (k, H), (k, W)
+        inside = rows[:, None, :, None] & columns[:, None, None, :]  # (k, 1, H, W)
+        outputs = inputs if self.inplace else inputs.clone()
+        return outputs.index_copy_(0, index, outputs.index_select(0, index).masked_scatter_(inside, noise))
 
 
 class Mixup:
@@ -577,11 +495,20 @@ class Mixup:
 
     def one_hot(self, labels: Tensor) -> Tensor:
         """Smoothed targets (B, C): ε/C everywhere and 1 - ε more at the label."""
-        off = self.smoothing / self.num_classes
-        targets = torch.full((len(labels), self.num_classes), off, device=labels.device)
-        return targets.scatter_(1, labels[:, None], 1 - self.smoothing + off)
+        one_hot = labels[:, None] == torch.arange(self.num_classes, device=labels.device)
+        return one_hot * (1 - self.smoothing) + self.smoothing / self.num_classes
+
+    @staticmethod
+    def box(lam: float, height: int, width: int, generator: Generator) -> tuple[int, int, int, int]:
+        """CutMix's box (top, bottom, left, right): sides √(1-λ) of the image's, center uniform, clipped."""
+        h, w = int(height * math.sqrt(1 - lam)), int(width * math.sqrt(1 - lam))
+        y, x = (int(torch.randint(side, (), generator=generator)) for side in (height, width))
+        top, bottom = max(0, y - h // 2), min(height, y + h // 2)
+        left, right = max(0, x - w // 2), min(width, x + w // 2)
+        return top, bottom, left, right
 
     def __call__(self, inputs: Tensor, labels: Tensor, generator: Generator) -> tuple[Tensor, Tensor]:
+        height, width = inputs.shape[2:]
         targets = self.one_hot(labels)
         coin = torch.rand((), generator=generator).item() < 0.5
         cut = self.cutmix_alpha > 0 and (coin or self.mixup_alpha == 0)
@@ -591,28 +518,16 @@ class Mixup:
         seed = torch.randint(2**62, (), generator=generator).item()
         lam = float(np.random.default_rng(seed).beta(alpha, alpha))  # torch's Beta takes no generator
         if cut:
-            top, bottom, left, right = self.box(lam, *inputs.shape[2:], generator)
+            top, bottom, left, right = self.box(lam, height, width, generator)
             mixed = inputs.clone()
             mixed[:, :, top:bottom, left:right] = inputs.flip(0)[:, :, top:bottom, left:right]
-            lam = 1 - (bottom - top) * (right - left) / (
-                inputs.shape[2] * inputs.shape[3]
-            )  # what the border left
+            lam = 1 - (bottom - top) * (right - left) / (height * width)  # what the border left
         else:
             mixed = torch.lerp(inputs.flip(0), inputs, lam)
         return mixed, torch.lerp(targets.flip(0), targets, lam)
 
-    @staticmethod
-    def box(lam: float, height: int, width: int, generator: Generator) -> tuple[int, int, int, int]:
-        """CutMix's box (top, bottom, left, right): sides √(1-λ) of the image's, centre uniform, clipped."""
-        high, wide = int(height * math.sqrt(1 - lam)), int(width * math.sqrt(1 - lam))
-        y, x = (int(torch.randint(side, (), generator=generator)) for side in (height, width))
-        return (
-            max(0, y - high // 2),
-            min(height, y + high // 2),
-            max(0, x - wide // 2),
-            min(width, x + wide // 2),
-        )
 
+# ---- The whole path ----
 
 POLICIES = {"randaugment": RandAugment, "autoaugment": AutoAugment, "none": ColorJitter}
 
@@ -620,8 +535,8 @@ POLICIES = {"randaugment": RandAugment, "autoaugment": AutoAugment, "none": Colo
 class Augment:
     """The whole path of a training batch: uint8 (B, 3, S, S) and labels int64 (B,) to inputs and targets.
 
-    `policy` is `randaugment`, `autoaugment`, `none` (colour jitter in their place) or `off` (no flip either).
-    Returns inputs float32 (B, 3, S, S), normalised, and targets float32 (B, C).
+    `policy` is `randaugment`, `autoaugment`, `none` (color jitter in their place) or `off` (no flip either).
+    Returns inputs float32 (B, 3, S, S), normalized, and targets float32 (B, C).
     """
 
     def __init__(
@@ -634,31 +549,30 @@ class Augment:
         smoothing: float = 0.1,
     ):
         self.policy = None if policy == "off" else POLICIES[policy]()
-        self.erase = RandomErasing(erasing)
+        self.erase = RandomErasing(erasing, inplace=True)
         self.mix = Mixup(mixup, cutmix, num_classes, smoothing)
 
     def __call__(self, images: Tensor, labels: Tensor, generator: Generator) -> tuple[Tensor, Tensor]:
+        if images.dtype != torch.uint8:
+            raise ValueError(f"images must be uint8, not {images.dtype}")
         if self.policy is not None:
             images = self.policy(random_flip(images, generator), generator)
-        inputs = self.erase.erase_(normalize(images), generator)
+        inputs = self.erase(normalize(images), generator)
         return self.mix(inputs, labels, generator)
 
 
 class RepeatedAugmentSampler(Sampler[int]):
-    """Repeated augmentation (Hoffer et al., 2020; Table 7): each image several times in a row, in a shuffled
-    list.
+    """Repeated augmentation (Hoffer et al., 2020; Table 7): each image several times in a shuffled list.
 
-    The list is dealt to the replicas in turn, so that one image's repeats meet in one step. An epoch keeps
-    about `dataset_size` samples of it, that is 1/num_repeats of the images: each rank (N // 256 · 256) / W of
-    them, or N / W where N < 256, rounded down. On one process it is the same. With num_repeats = 1 it is a
-    plain shuffle of all images, N / W for each rank.
+    Its repeats stand in a row. The list is dealt to the replicas in turn, so that they meet in one step. An
+    epoch keeps about `dataset_size` samples of it, that is 1/num_repeats of the images: each rank
+    (N // 256 · 256) / W of them, or N / W where N < 256, rounded down. On one process it is the same. With
+    num_repeats = 1 it is a plain shuffle of all images, N / W for each rank.
     """
 
     def __init__(self, dataset_size: int, num_replicas: int, rank: int, num_repeats: int = 3, seed: int = 0):
         if dataset_size < 1 or num_repeats < 1 or not 0 <= rank < num_replicas:
-            raise ValueError(
-                f"no sampler of {dataset_size} images, {num_repeats} repeats, rank {rank} of {num_replicas}"
-            )
+            raise ValueError(f"no sampler of {dataset_size} images: {num_repeats=}, {rank=}, {num_replicas=}")
         self.dataset_size, self.num_replicas, self.rank = dataset_size, num_replicas, rank
         self.num_repeats, self.seed, self.epoch = num_repeats, seed, 0
 

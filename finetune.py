@@ -8,8 +8,8 @@ It is train.py's loop with other starting weights and another recipe; stochastic
 augmentation of training stays.
 
 Higher resolution, of the checkpoint's own data: position embeddings are resized bicubically, and the true
-label and a teacher at the new resolution supervise. Where the student's teacher knows only another
-resolution, it is fine-tuned first in the same manner.
+label and a teacher supervise. The paper's teacher has the new resolution too: fine-tune it first, by this
+program, and name it with --teacher-weights. Otherwise it sees the images at its own size.
 
 Transfer, to other data: new heads where the classes differ. A distillation token learns the true label like
 the class token, unless --distill hard or soft asks for a teacher of the new classes. The authors advise to
@@ -17,38 +17,35 @@ keep the distillation signal; it costs the teacher's training.
 """
 
 import time
-from collections.abc import Callable
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from data import ArraySet, FolderSet, load_data
-from distill import checkpoint_settings, create_teacher, read_checkpoint
-from model import OFFICIAL, SIZES, DeiT, UsageError, load_weights
-from train import (
-    PAPER,
-    TRAINED,
-    Parser,
-    Place,
-    add_flag,
-    begin,
-    build_parser,
-    check_order,
-    complete,
-    evaluate,
-    finish,
-    first_alone,
-    headline,
-    join,
-    load_teacher,
-    program,
-    recall,
-    restore,
-    say,
-    train,
-    train_teacher,
-)
+from checkpoint import OFFICIAL, check_class_order, checkpoint_settings, holds_run, read_checkpoint
+from data import load_data
+from distill import LOSSES, create_teacher
+from launch import UserError, init, print0, run_program, user_errors
+from model import SIZES, DeiT, check_fit, load_weights
+from settings import PAPER, Parser, Settings, build_parser, complete, saved_run, setting
+from train import DataSets, accuracy_line, begin, build_network, evaluate, finish, load_teacher, train
+
+# What --train lets learn: parameters with one of these in their names. With the attention go the position
+# embeddings, which may just have been resized; they also move the tokens they are added to.
+TRAINED = {"all": ("",), "head": ("head",), "attention": ("head", "attn", "pos_embed")}
+
+
+@dataclass
+class FinetuneSettings(Settings):
+    """The settings of training, and three more."""
+
+    checkpoint: str = setting("", str, f"a file, a URL, or one of {', '.join(OFFICIAL)}", "fine-tuning")
+    recipe: str = setting(
+        "", ("short", "paper"), "a few epochs of AdamW, or the authors' settings, see below"
+    )
+    train: str = setting("all", tuple(TRAINED), "what learns; attention: with position embeddings and heads")
+
 
 # Table 7 has both. The rate is per 512 images.
 OPTIMIZERS = {
@@ -59,18 +56,22 @@ SHORT = dict(OPTIMIZERS["adamw"], epochs=30, drop_path=0.0)
 # The authors' own, for ImageNet at 384 (section 6), at a constant learning rate, and for CIFAR and Cars.
 HIGHER = dict(SHORT, img_size=384, batch_size=512, lr=5e-6, min_lr=5e-6, warmup_epochs=5.0)
 TRANSFER = dict(OPTIMIZERS["sgd"], epochs=1000, batch_size=768, drop_path=0.0, erasing=0.0, repeats=3)
+CONVNET = dict(optimizer="sgd", lr=0.1, min_lr=0.0, weight_decay=5e-5, warmup_epochs=0.0)
 
 # What a fine-tuned network has from the run it starts from, and what only on that run's own data
-KEPT = ("model", "patch_size", "augment", "mixup", "cutmix", "erasing", "repeats", "smoothing")
-KEPT_ON_SAME_DATA = ("distill", "no_distill_token", "teacher", "tau", "lam")
+KEPT = ("model", "patch_size", "depth", "augment", "mixup", "cutmix", "erasing", "repeats", "smoothing")
+KEPT_ON_SAME_DATA = ("distill", "no_distill_token", "teacher", "teacher_weights", "tau", "lam", "limit")
 SHOWN = PAPER | dict.fromkeys(("data", "data_path", *KEPT, *KEPT_ON_SAME_DATA), "the checkpoint's") | SHORT
 SHOWN |= {
     "img_size": "the checkpoint's; on the checkpoint's own data 1.5 times that",
     "distill": "the checkpoint's; for other data label where it has a second token, else none",
-    "teacher_epochs": "as --epochs for a teacher that is fine-tuned; else as in train.py",
+    "teacher_epochs": "as in train.py",
     "epochs": "30; 2 for shapes",
     "batch_size": "as in train.py",
     "warmup_epochs": "5, but at most a tenth of the epochs",
+    "checkpoint": "the newest run of train.py below runs/",
+    "recipe": "paper on ImageNet's own classes, else short",
+    "train": "all",
 }
 
 
@@ -78,18 +79,10 @@ def finetune_parser() -> Parser:
     """The flags of train.py with fine-tuning's own defaults, and three more."""
     listed = [", ".join(f"{name} {value}" for name, value in recipe.items()) for recipe in (HIGHER, TRANSFER)]
     note = (
-        "The value in [brackets] is that of --recipe short. --recipe paper is, on the checkpoint's own data, "
+        "[Values in brackets] are those of --recipe short. --recipe paper is, on the checkpoint's own data, "
     )
     note += "; on other data, ".join(listed)
-    parser = build_parser("finetune.py", __doc__.splitlines()[0], SHOWN, note)
-    group = parser.add_argument_group("fine-tuning")
-    text = f"what to start from: a file of ours or the authors', a URL, or one of {', '.join(OFFICIAL)}"
-    add_flag(group, "checkpoint", "the newest run of train.py below runs/", str, text)
-    text = "short: some epochs of AdamW; paper: the authors' settings, below"
-    add_flag(group, "recipe", "paper on ImageNet's own classes, else short", ("short", "paper"), text)
-    text = "what learns: all; the heads alone; or the attention layers, position embeddings and heads"
-    add_flag(group, "train", "all", tuple(TRAINED), text)
-    return parser
+    return build_parser("finetune.py", __doc__.splitlines()[0], FinetuneSettings, SHOWN, note)
 
 
 def last_run() -> str:
@@ -97,166 +90,140 @@ def last_run() -> str:
     found = sorted(Path("runs").glob("*/last.pth"), key=lambda path: path.stat().st_mtime, reverse=True)
     for path in found:
         settings = checkpoint_settings(read_checkpoint(path))
-        tuned, teacher = "checkpoint" in settings, path.parent.name.startswith("teacher-")
-        if settings.get("model") in SIZES and not tuned and not teacher:
+        teacher = path.parent.name.startswith("teacher-")
+        if settings.get("model") in SIZES and "checkpoint" not in settings and not teacher:
             return str(path)
-    raise UsageError(
-        "no run below runs/ to start from; make one with: torchrun train.py --model tiny --distill hard"
-    )
+    raise UserError("no run below runs/; make one with: torchrun train.py --model tiny --distill hard")
 
 
-def on_own_data(given: dict, saved: dict) -> bool:
+def same_data(given: dict, saved: dict) -> bool:
     """Whether the data is what the checkpoint was trained on; a folder is told by its path."""
-    if given.get("data", saved["data"]) != saved["data"]:
-        return False
-    paths = {
-        Path(path).resolve() for path in (given.get("data_path", saved["data_path"]), saved["data_path"])
-    }
-    return saved["data"] != "folder" or len(paths) == 1
+    paths = (given.get("data_path", saved["data_path"]), saved["data_path"])
+    same_path = len({Path(path).resolve() for path in paths}) == 1
+    return given.get("data", saved["data"]) == saved["data"] and (saved["data"] != "folder" or same_path)
 
 
-def finetune_settings(given: dict, saved: dict) -> tuple[dict, bool]:
-    """The settings of fine-tuning, and whether it has to fine-tune a teacher of another resolution first.
-
-    They are the flags given, over the recipe, over what `checkpoint_settings` says of the run it starts from.
-    """
-    data, same = given.get("data", saved["data"]), on_own_data(given, saved)
+def finetune_settings(given: dict, saved: dict) -> FinetuneSettings:
+    """The flags given, over the recipe, over what `checkpoint_settings` says of the run it starts from."""
+    data, same = given.get("data", saved["data"]), same_data(given, saved)
     path = given.get("data_path", (saved if data == saved["data"] else PAPER)["data_path"])
     word = given.get("recipe", "paper" if same and data == "imagenet" else "short")
     recipe = SHORT if word == "short" else HIGHER if same else TRANSFER
     if data == "shapes" and word == "short":
         recipe = recipe | {"epochs": 2}
-    if given.get("optimizer", recipe["optimizer"]) != recipe["optimizer"]:
+    if saved["model"] not in SIZES:
+        recipe = recipe | CONVNET
+    elif given.get("optimizer", recipe["optimizer"]) != recipe["optimizer"]:
         recipe = recipe | OPTIMIZERS[given["optimizer"]]
     if "epochs" in given:  # the recipe's warm-up is for its own epochs
         recipe = {name: value for name, value in recipe.items() if name != "warmup_epochs"}
 
-    start = {name: saved[name] for name in KEPT + (KEPT_ON_SAME_DATA if same else ()) if name in saved}
-    start |= {"checkpoint": given["checkpoint"], "recipe": word, "train": "all"}
+    saved = PAPER | saved
+    start = {name: saved[name] for name in KEPT + (KEPT_ON_SAME_DATA if same else ())}
+    start |= {"checkpoint": given["checkpoint"], "recipe": word, "img_size": saved["img_size"]}
     if same:
         start["img_size"] = saved["img_size"] * 3 // 2 // saved["patch_size"] * saved["patch_size"]
         start["no_distill_token"] &= "distill" not in given
+        if given.get("teacher", saved["teacher"]) != saved["teacher"]:
+            start["teacher_weights"] = ""
     else:
-        second = saved["distill"] != "none" and not saved["no_distill_token"]
-        start |= {"img_size": saved["img_size"], "distill": "label" if second else "none"}
-    settings = complete(given | {"data": data, "data_path": path}, start | recipe)
-    for name in ("model", "patch_size"):
-        if settings[name] != saved[name]:
-            raise UsageError(
-                f"{given['checkpoint']} has --{name.replace('_', '-')} {saved[name]}, not {settings[name]}; "
-                "fine-tuning keeps it"
-            )
-    if not given.get("out"):
-        settings["out"] = f"runs/{data}-{settings['model']}-{settings['distill']}-{settings['img_size']}px"
-
-    lower = False
-    if same and settings["distill"] in ("soft", "hard") and not given.get("teacher_weights"):
-        if saved.get("teacher") == settings["teacher"]:
-            settings["teacher_weights"] = saved["teacher_weights"]
-        size = 224 if settings["teacher_weights"] == "published" else saved["img_size"]
-        lower = settings["teacher_weights"] != "" and settings["img_size"] != size
-        if lower:
-            settings["teacher_epochs"] = given.get("teacher_epochs", recipe["epochs"])
-    return settings, lower
+        second = LOSSES[saved["distill"]].token and not saved["no_distill_token"]
+        start["distill"] = "label" if second else "none"
+    s = complete(given | {"data": data, "data_path": path}, start | recipe, FinetuneSettings)
+    for name in ("model", "patch_size", "depth"):
+        if getattr(s, name) != saved[name]:
+            flag, own = "--" + name.replace("_", "-"), saved[name]
+            raise UserError(f"{s.checkpoint} has {flag} {own}, not {getattr(s, name)}; fine-tuning keeps it")
+    if s.train != "all" and s.model not in SIZES:
+        raise UserError(f"--train {s.train} is about transformers; a {s.model} learns as a whole")
+    s.out = given.get("out") or f"runs/{data}-{s.model}-{s.distill}-{s.img_size}px"
+    return s
 
 
-def adapt(state: dict[str, Tensor], network: DeiT, keep_heads: bool) -> list[str]:
+def adapt(state: dict[str, Tensor], network: nn.Module, keep_heads: bool) -> list[str]:
     """Loads weights that may lack the network's distillation token, or have one too many, or other classes.
 
     Returns what was done to them, in words.
     """
     fresh, state, done = network.state_dict(), dict(state), []
-    position = state["pos_embed"]
-    if network.distilled and "dist_token" not in state:
+    heads = ("head",) if isinstance(network, DeiT) else tuple(list(fresh)[-2:])
+    if isinstance(network, DeiT) and network.distilled and "dist_token" not in state:
         # It starts as a good reader of the image, the class token. The fresh draw (std 0.02) on top keeps the
         # two from staying the same for ever where both learn the true label.
         state["dist_token"] = state["cls_token"] + fresh["dist_token"]
-        state["pos_embed"] = torch.cat([position[:, :1], position], dim=1)
+        state["pos_embed"] = torch.cat([state["pos_embed"][:, :1], state["pos_embed"]], dim=1)
         state |= {f"head_dist.{part}": state[f"head.{part}"] for part in ("weight", "bias")}
         done.append("a distillation token is added, a copy of the class token")
-    elif not network.distilled and "dist_token" in state:
-        state["pos_embed"] = torch.cat([position[:, :1], position[:, 2:]], dim=1)
+    elif isinstance(network, DeiT) and not network.distilled and "dist_token" in state:
+        state["pos_embed"] = torch.cat([state["pos_embed"][:, :1], state["pos_embed"][:, 2:]], dim=1)
         state = {key: value for key, value in state.items() if not key.startswith(("dist_", "head_dist"))}
         done.append("the distillation token is dropped")
     if not keep_heads:
-        state |= {key: value for key, value in fresh.items() if key.startswith("head")}
-        done.append(f"new heads for {len(fresh['head.bias'])} classes")
-    if load_weights(network, state):
-        done.append("position embeddings are resized")
+        state |= {key: value for key, value in fresh.items() if key.startswith(heads)}
+        done.append(f"new heads for {len(list(fresh.values())[-1])} classes")
+    with user_errors():
+        if isinstance(network, DeiT):
+            if load_weights(network, state):
+                done.append("position embeddings are resized")
+        else:
+            check_fit(fresh, state, "weights do not fit the model")
+            network.load_state_dict(state)
     return done
 
 
-def starting(
-    original: DeiT, saved: dict, settings: dict, data: list[ArraySet | FolderSet], place: Place
-) -> Callable[[DeiT], None]:
-    """Measures the network to start from, and returns the function that gives its weights to a new one."""
-    source, size, classes = settings["checkpoint"], saved["img_size"], data[0].classes
-    same = on_own_data(settings, saved)
-    keep_heads = classes == saved["classes"]
+def start_from(s: FinetuneSettings, network: nn.Module, data: DataSets, device: torch.device) -> None:
+    """Gives a network the weights of s.checkpoint, and shows the accuracy before and after."""
+    saved, classes = checkpoint_settings(read_checkpoint(s.checkpoint)), data[0].classes
+    original = create_teacher(saved["model"], saved["num_classes"], s.checkpoint).to(device)
+    same, keep_heads = same_data(asdict(s), saved), classes == saved["classes"]
     if saved["classes"] is None:  # the authors' files do not name them, but ImageNet's have one order
         keep_heads = same and len(classes) == saved["num_classes"]
         if keep_heads:
-            check_order(source, classes, len(classes))
-    if not keep_heads and same and settings["recipe"] == "paper":
-        raise UsageError(
-            f"{source} knows other classes than {settings['data_path']}, and --recipe paper at a higher "
-            "resolution is too gentle for new heads; use --data folder or --recipe short"
-        )
+            check_class_order(s.checkpoint, classes, len(classes))
+    if not keep_heads and same and s.recipe == "paper":
+        text = f"{s.checkpoint} knows other classes than {s.data_path}"
+        raise UserError(f"{text}, and this recipe is too gentle for new heads; use --recipe short")
     if keep_heads:
-        which = [
-            settings["data"],
-            settings["data_path"],
-            size,
-            place.device,
-            ("val",),
-            settings["skip_broken"],
-        ]
-        val_set = load_data(*which)[0]
-        before = evaluate(original, val_set, settings | {"img_size": size}, place)
-        say(place, f"before, at {size} pixels: {headline(before)}")
-
-    def start_from(network: DeiT) -> None:
-        done = adapt(original.state_dict(), network, keep_heads)
-        say(place, f"{source}: {'; '.join(done) or 'taken as it is'}")
-        if keep_heads:
-            resized = evaluate(network, data[1], settings, place)
-            say(place, f"at the start, at {settings['img_size']} pixels: {headline(resized)}")
-
-    return start_from
+        low = replace(s, img_size=original.img_size)
+        before = evaluate(original, load_data(low, device, ("val",))[0], low, device)
+        print0(f"before, at {low.img_size} pixels: {accuracy_line(before)}")
+    done = adapt(original.state_dict(), network, keep_heads)
+    print0(f"{s.checkpoint}: {'; '.join(done) or 'taken as it is'}")
+    if keep_heads:
+        resized = evaluate(network.to(device), data[1], s, device)
+        print0(f"at the start, at {s.img_size} pixels: {accuracy_line(resized)}")
 
 
 def main() -> None:
     started = time.monotonic()
     given = vars(finetune_parser().parse_args())
-    place = join(given.get("device", "auto"))
-    checkpoint, lower = {}, False
-    if given.get("resume") and given.get("out"):  # a run knows how to go on
-        given = recall(given, Path(given["out"]), tuned=True)
-        settings, checkpoint = restore(PAPER | given, given)
-        if checkpoint and "checkpoint" not in settings:
-            raise UsageError(f"{given['out']} is a run of train.py; continue it with train.py --resume")
-    if not checkpoint:
-        source = given["checkpoint"] = given.get("checkpoint") or last_run()
-        saved = checkpoint_settings(first_alone(place, lambda: read_checkpoint(source)))
-        if saved.get("model") not in SIZES or "num_classes" not in saved:
-            raise UsageError(f"{source} does not hold a trained {', '.join(SIZES)} transformer")
-        settings, lower = finetune_settings(given, saved)
-        settings, checkpoint = restore(settings, given)
-        original = create_teacher(saved["model"], saved["num_classes"], source).to(place.device)
-    data = begin(settings, place, None if checkpoint else given)
-    start_from = None if checkpoint else starting(original, saved, settings, data, place)
-
+    s = saved_run(given, given["out"], FinetuneSettings) if "out" in given else None
+    device = init(s.device if s else given.get("device", "auto"))
+    if s is None:
+        given["checkpoint"] = given.get("checkpoint") or last_run()
+        saved = checkpoint_settings(read_checkpoint(given["checkpoint"]))
+        if not saved.get("model") or "num_classes" not in saved:
+            raise UserError(f"{given['checkpoint']} does not hold a network that was trained here")
+        s = finetune_settings(given, saved)
+        s = saved_run(given, s.out, FinetuneSettings) or s
+    data = begin(s, device)
     teacher = None
-    if settings["distill"] in ("soft", "hard"):
-        if not checkpoint and (lower or not settings["teacher_weights"]):
-            rate = SHORT["lr"] if settings["teacher"] in SIZES else 0.1
-            recipe = dict(lr=rate, warmup_epochs=0.0, drop_path=0.0) if lower else None
-            low = settings["teacher_weights"]
-            settings["teacher_weights"] = train_teacher(settings, data, place, recipe, low)
-        teacher = load_teacher(settings, data, place)
-    accuracy = train(settings, data, teacher, place, checkpoint, start_from)
-    finish(settings, accuracy, started, place)
+    if LOSSES[s.distill].teacher:
+        teacher = load_teacher(s, data, device)
+        if teacher.img_size != s.img_size:
+            print0(
+                f"the teacher sees the images at its own {teacher.img_size} pixels; to bring it along first:"
+            )
+            print0(f"  python finetune.py --checkpoint {s.teacher_weights} --img-size {s.img_size} --out OUT")
+            print0("and name OUT/last.pth with --teacher-weights")
+    network = build_network(s, len(data[0].classes))
+    if not (s.resume and holds_run(s.out)):
+        start_from(s, network, data, device)
+    for name, parameter in network.named_parameters():
+        parameter.requires_grad_(any(part in name for part in TRAINED[s.train]))
+    accuracy = train(network, s, data, device, teacher)
+    finish(s, accuracy, started)
 
 
 if __name__ == "__main__":
-    program(main)
+    run_program(main)
