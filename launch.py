@@ -200,6 +200,7 @@ def run_program(main: Callable[[], None]) -> None:
     try:
         main()
         if dist.is_initialized():
+            time.sleep(0.2)  # gloo's threads let go of their tensors, or torch 2.6 waits for them forever
             dist.destroy_process_group()
     except UserError as error:
         time.sleep(2 if rank() > 0 else 0)  # rank 0 says what all find, and its end stops the others
