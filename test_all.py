@@ -2425,6 +2425,50 @@ def test_two_nodes_survive_a_kill_and_torchrun_restarts_them(tmp_path):
     assert same_run(tmp_path / "whole", tmp_path / "cut")
 
 
+def test_only_a_cuda_device_is_copied_to_without_waiting():
+    class Values:  # an Apple GPU may read memory that was released meanwhile
+        def pin_memory(self):
+            return self
+
+        def to(self, device, non_blocking=False):
+            return device.type, non_blocking
+
+    copies = [augment.to_device(Values(), torch.device(name)) for name in ("cpu", "mps", "cuda")]
+    assert copies == [("cpu", False), ("mps", False), ("cuda", True)]
+    sources = [path.read_text() for path in Path().glob("*.py") if path.name != "test_all.py"]
+    assert sum(source.count("non_blocking") for source in sources) == 1
+
+
+def test_an_epoch_is_saved_once_and_the_best_is_a_link(tmp_path, monkeypatch):
+    written, plain = Counter(), checkpoint.atomic_save
+
+    def counted(path, *arguments, **options):
+        written[path.name] += 1
+        plain(path, *arguments, **options)
+
+    monkeypatch.setattr("checkpoint.atomic_save", counted)
+    monkeypatch.setattr("train.evaluate", lambda *_: {"class": 10.0})
+    assert run_train(monkeypatch, *flags(QUICK | {"out": tmp_path / "run"})) == 0
+    assert (written["last.pth"], written["log.jsonl"]) == (3, 3)
+    assert (tmp_path / "run/best.pth").stat().st_nlink > 1 or saved(tmp_path / "run", "best.pth")
+
+
+def differing(path):
+    """Process 1 finds no checkpoint, as on a disk of its own."""
+    if launch.rank() == 1:
+        sys.argv[sys.argv.index("--out") + 1] = str(path / "other")
+    launch.run_program(train.main)
+
+
+def test_processes_that_would_resume_from_different_steps_are_refused(tmp_path):
+    words = QUICK | {"save_every": 1, "out": tmp_path / "run"}
+    assert forked(flags(words), ("step", 3, signal.SIGTERM)) == 128 + signal.SIGTERM
+    with pytest.raises(AssertionError, match=r"\[2, 2\] == \[0, 0\]"):
+        fork_many(partial(differing, tmp_path), flags(words | {"resume": True}), tmp_path / "told")
+    told = (tmp_path / "told").read_text()
+    assert "error: process 1 has another step to go on from: 0, not 3" in told
+
+
 # ---- What is refused ----
 
 
@@ -2826,72 +2870,79 @@ def test_the_contact_sheet_shows_every_operation(tmp_path, monkeypatch):
     assert len({pixels[98 * row : 98 * row + 72, 80:].tobytes() for row in range(15)}) == 15
 
 
-def test_every_word_has_an_example_in_its_help_and_in_the_readme(monkeypatch, capsys):
-    readme = Path("README.md").read_text()
+def test_every_word_has_an_example_in_its_help_and_on_a_page(monkeypatch, capsys):
+    text = "".join(page.read_text() for page in PAGES)
     for word in (act.__name__ for act in measure.WORDS):
         assert run_evaluate(monkeypatch, word, "--help") == 0
         assert f"evaluate.py {word} " in capsys.readouterr().out.partition("examples:")[2]
-        assert f"evaluate.py {word} " in readme
+        assert f"evaluate.py {word} " in text
 
 
-# ---- Tools: README.md and results/ ----
+# ---- README, docs/ and results/ ----
 
-PAGES = [Path("README.md"), *sorted(Path("results").glob("*.md"))]
+PAGES = [Path("README.md"), *sorted(Path("docs").glob("*.md")), *sorted(Path("results").glob("*.md"))]
 PROGRAMS = ("train.py", "finetune.py", "evaluate.py")
 
 
 def parser_of(script: str):
-    return settings.build_parser(script, "") if script == "train.py" else finetune.finetune_parser()
+    return build_parser(script, "") if script == "train.py" else finetune.finetune_parser()
 
 
 def flags_of(script: str) -> set[str]:
     """Every flag that a program reads."""
     if script == "evaluate.py":  # a parser for each word
-        return {"--help", *re.findall(r'"(--[a-z][a-z-]+)"', Path(script).read_text())}
+        return {"--help", "--device", *re.findall(r'"(--[a-z][a-z-]+)"', Path(script).read_text())}
     return {flag for action in parser_of(script)._actions for flag in action.option_strings}
 
 
-def commands() -> list[tuple[str, list[str], list[str]]]:
-    """The commands on the pages: (program, the words before it, the words after it)."""
-    found = []
+LAUNCHER = {flag for action in torchrun_parser()._actions for flag in action.option_strings}
+
+
+def test_the_commands_on_the_pages_are_ones_that_the_programs_take():
+    seen = set()
     for page in PAGES:
         text = re.sub(r"\$\w+", "1", page.read_text().replace("\\\n", " "))  # a shell variable
-        for block, inline in re.findall(r"^```\w*\n(.*?)^```|`([^`\n]+)`", text, re.MULTILINE | re.DOTALL):
-            lines = [line for line in (block or inline).splitlines() if ".py" in line]
-            for words in (shlex.split(line.partition(" ||")[0], comments=True) for line in lines):
-                places = [n for n, word in enumerate(words) if word in PROGRAMS and len(words) > 1]
-                found += [(words[n], words[:n], words[n + 1 :]) for n in places]
-    return found
+        pattern = re.compile(r"^```(\w*)\n(.*?)^```|`([^`\n]+)`", re.MULTILINE | re.DOTALL)
+        for language, block, inline in pattern.findall(text):
+            for line in (inline or block).splitlines() if not language else ():
+                words = shlex.split(line.partition(" ||")[0], comments=True) if ".py" in line else []
+                for n in [n for n, word in enumerate(words) if word in PROGRAMS and len(words) > 1]:
+                    script, before, after = words[n], words[:n], words[n + 1 :]
+                    seen.add(script)
+                    assert {word for word in before if word.startswith("--")} <= LAUNCHER, before
+                    assert {word for word in after if word.startswith("--")} <= flags_of(script), after
+                    if script == "evaluate.py":
+                        assert not after or after[0] in [act.__name__ for act in measure.WORDS], after
+                    elif "--help" not in after:
+                        parser_of(script).parse_args(after)
+    assert seen == set(PROGRAMS)
 
 
-def test_the_readmes_commands_are_ones_that_the_programs_take():
-    launcher = {flag for action in torchrun_parser()._actions for flag in action.option_strings}
-    assert {script for script, _, _ in commands()} == set(PROGRAMS)
-    for script, before, after in commands():
-        given = {word for word in after if word.startswith("--")}
-        assert given <= flags_of(script), (script, given - flags_of(script))
-        assert {word for word in before if word.startswith("--")} <= launcher, before
-        if script != "evaluate.py" and "--help" not in after:
-            parser_of(script).parse_args(after)
-        if script == "evaluate.py" and after:
-            assert callable(getattr(measure, after[0], None)), after[0]
-
-
-def test_every_flag_file_and_test_that_the_readme_names_exists():
-    slurm = "--nodes --ntasks-per-node --gpus-per-node --cpus-per-task --time --requeue"
-    known = set(slurm.split())
-    known |= {flag for action in torchrun_parser()._actions for flag in action.option_strings}
-    known |= set().union(*(flags_of(script) for script in PROGRAMS))
+def test_every_flag_file_name_and_test_on_the_pages_exists():
+    known = {"--nodes", "--ntasks-per-node", "--gpus-per-node", "--cpus-per-task", "--time", "--requeue"}
+    known |= LAUNCHER.union(*(flags_of(script) for script in PROGRAMS))
+    sources = {path: path.read_text() for path in Path().glob("*.py")}
     for page in PAGES:
         text = page.read_text()
-        named = set(re.findall(r"(?<![\w-])--[a-z][a-z_-]+", text))
-        assert named <= known, (page, named - known)
-        for path in re.findall(r"\]\(([^)#:]+)(?:#L\d+)?\)", text):
+        assert set(re.findall(r"(?<![\w-])--[a-z][a-z_-]+", text)) <= known, page
+        for path in re.findall(r"\]\(((?!http)[^)#]+)\)", text):
             assert (page.parent / path).exists(), (page, path)
-        for path in re.findall(r"\b(\w+\.py)\b", text):
-            assert os.path.exists(path), (page, path)
+        for path in re.findall(r"(?<![\w/])(\w+\.py)\b", text):
+            assert Path(path).exists(), (page, path)
         for name in re.findall(r"\btest_(?!all\b)\w+", text):
             assert name in globals(), (page, name)
-        for anchor in re.findall(r"\]\(#([\w-]+)\)", text):
-            headings = re.findall(r"^#+ (.+)$", text, re.MULTILINE)
-            assert anchor in {re.sub(r"[^\w -]", "", h).lower().replace(" ", "-") for h in headings}, anchor
+        # `name` in [file.py](file.py), or file.py: ... `name`
+        for name, path in re.findall(r"`([\w.]+)` in \[(\w+\.py)\]", text):
+            assert re.search(rf"(def|class) {name}\b|^{name}\b", sources[Path(path)], re.MULTILINE), name
+
+
+def test_the_python_on_the_pages_is_the_code_itself():
+    lines = {path: [line.strip() for line in path.read_text().splitlines()] for path in Path().glob("*.py")}
+    text = "".join(page.read_text() for page in PAGES)
+    pieces = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
+    assert len(pieces) >= 6
+    for piece in pieces:
+        wanted = [line.strip() for line in piece.strip().splitlines()]
+        assert any(
+            wanted == found[n : n + len(wanted)] for found in lines.values() for n in range(len(found))
+        ), piece
