@@ -96,7 +96,7 @@ REGNETY = {
     "regnet_y_12gf": ((2, 5, 11, 1), (224, 448, 896, 2240), 112),
     "regnet_y_16gf": ((2, 4, 11, 1), (224, 448, 1232, 3024), 112),
 }
-SMALL_IMAGE = 64  # pixels: up to here a convnet's first convolution keeps the resolution
+STEM_STRIDE_1 = 64  # pixels: up to here a convnet's first convolution keeps the resolution
 
 
 def check_name(name: str) -> None:
@@ -123,7 +123,7 @@ def create_convnet(name: str, num_classes: int, img_size: int) -> nn.Module:
         if name in ("googlenet", "inception_v3"):  # no auxiliary heads: one network, one output
             more = {"aux_logits": False, "init_weights": True}
         network = torchvision.models.get_model(name, weights=None, num_classes=num_classes, **more)
-    if img_size <= SMALL_IMAGE:
+    if img_size <= STEM_STRIDE_1:
         first = next(module for module in network.modules() if isinstance(module, nn.Conv2d))
         if first.stride != first.kernel_size:  # those of transformers cut patches
             first.stride = (1, 1)
