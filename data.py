@@ -156,6 +156,9 @@ class FolderSet:
         self.paths, self.labels = [self.paths[i] for i in indices], [self.labels[i] for i in indices]
 
 
+DataSet = ArraySet | FolderSet
+
+
 def draw_shapes(split: str, count: int, size: int) -> ArraySet:
     """The first `count` shapes of a split."""
     if count * 3 * size**2 > 2**33:
@@ -255,7 +258,7 @@ def read_image(path: str | Path, enough: int | None = None) -> Image.Image:
 HELD_BYTES = 2**30  # a set of equally large images that needs less than this is held whole
 
 
-def open_folder(root: Path, split: str, skip_broken: bool = False) -> ArraySet | FolderSet:
+def open_folder(root: Path, split: str, skip_broken: bool = False) -> DataSet:
     """The images in ROOT/SPLIT/CLASS/*: held if they are all of one size and small together, else streamed.
 
     The classes are those of ROOT/train, where none may be empty; another split may lack some.
@@ -315,7 +318,7 @@ OPENERS = {
 DATA_NAMES = ("shapes", *OPENERS)
 
 
-def load_data(s, device: torch.device, splits: tuple = ("train", "val")) -> list[ArraySet | FolderSet]:
+def load_data(s, device: torch.device, splits: tuple = ("train", "val")) -> list[DataSet]:
     """The named splits of the data set s.data, each with at most s.limit images, evenly spread (0: all).
 
     What the paper tests on (Table 8) is `val`. Raises UserError for what is missing or does not fit together.
@@ -416,7 +419,7 @@ def leave_group(worker: int) -> None:
     signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)
 
 
-def load_batches(data: ArraySet | FolderSet, plan: Iterable, s, device: torch.device) -> Iterator:
+def load_batches(data: DataSet, plan: Iterable, s, device: torch.device) -> Iterator:
     """Batches uint8 (B, 3, S, S) and labels (B,) on the device, as `plan` asks for them: (indices, key).
 
     With a key of `keyed_generator` images are cropped at random, else in the center. Files are read ahead by
@@ -445,7 +448,7 @@ def load_batches(data: ArraySet | FolderSet, plan: Iterable, s, device: torch.de
         yield to_device(images, device), to_device(labels, device)
 
 
-def steps_per_epoch(data: ArraySet | FolderSet, s) -> int:
+def steps_per_epoch(data: DataSet, s) -> int:
     """How many steps an epoch has; raises UserError if not even one."""
     images = len(RepeatedAugmentSampler(len(data), world_size(), rank(), s.repeats)) * world_size()
     if images < s.batch_size:
@@ -453,7 +456,7 @@ def steps_per_epoch(data: ArraySet | FolderSet, s) -> int:
     return images // s.batch_size
 
 
-def train_batches(data: ArraySet | FolderSet, s, step: int, device: torch.device) -> Iterator:
+def train_batches(data: DataSet, s, step: int, device: torch.device) -> Iterator:
     """The endless stream of this process's batches, across epochs, from step number `step` on.
 
     What is drawn depends on the seed, the rank and the batch's number alone, so any `step` continues the same
@@ -476,7 +479,7 @@ def train_batches(data: ArraySet | FolderSet, s, step: int, device: torch.device
     return load_batches(data, plan(), s, device)
 
 
-def eval_batches(data: ArraySet | FolderSet, s, device: torch.device) -> Iterator:
+def eval_batches(data: DataSet, s, device: torch.device) -> Iterator:
     """This process's share of a data set: over all processes every image once."""
     own, size = list(range(rank(), len(data), world_size())), min(256, s.batch_size)
     return load_batches(data, [(own[i : i + size], None) for i in range(0, len(own), size)], s, device)
