@@ -118,7 +118,7 @@ def ranking(network: nn.Module, data: DataSet, s: Settings, device: torch.device
     for _, scores in predictions(network, data, s, device):
         orders = [head.argsort(dim=1, descending=True, stable=True)[:, :5] for head in scores]
         chunks.append(torch.stack(orders, dim=1).cpu())
-    shares = [torch.cat(own) for own in all_gather(chunks) if own]  # with fewer images than processes not all
+    shares = [torch.cat(own) for own in all_gather(chunks) if own]  # there may be more processes than images
     first = torch.zeros(len(data), *shares[0].shape[1:], dtype=torch.long)
     for number, share in enumerate(shares):
         first[number :: world_size()] = share
@@ -171,11 +171,12 @@ def accuracy(arguments: Namespace) -> None:
             right = [[p in own for p in heads] for heads, own in zip(top, real, strict=True) if own]
             print0(f"  Real   {accuracy_line(percent(torch.tensor(right)))}  ({len(right)} images)")
         if arguments.per_class:
+            names = class_names(network)
             print0("".join(f"{word:>14}" for word in ("images", *HEADS[: hits.shape[1]])) + "  class")
             for label in labels.unique().tolist():
                 own = hits[labels == label, :, 0]
                 cells = "".join(f"{share:14.2f}" for share in percent(own).values())
-                print0(f"{len(own):14}{cells}  {class_names(network)[label]}")
+                print0(f"{len(own):14}{cells}  {names[label]}")
 
 
 # ---- compare: Table 4 ----
@@ -487,7 +488,7 @@ VAL = {
     "checkpoints": CKPT | {"nargs": "+"},
     "--data": dict(choices=DATA_NAMES, help="data set [the one each was trained on]"),
     "--data-path": dict(metavar="DIR", help="where it is [where it was in training]"),
-    "--val": dict(metavar="DIR", help="instead: images in DIR/CLASS/*, classes by name or number"),
+    "--val": dict(metavar="DIR", help="instead: DIR/CLASS/*, classes by name or number (ImageNet-V2)"),
 }
 PRECISION = {"--precision": dict(choices=("auto", "fp32", "bf16", "fp16"), default="auto", help="[auto]")}
 # Each word's function and its arguments; the first line of its docstring is its line in --help
