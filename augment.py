@@ -28,10 +28,7 @@ SMALL_IMAGE = 32  # pixels: up to this side, images kept at their own size are p
 
 
 def keyed_generator(*key) -> Generator:
-    """A CPU generator whose state depends on `key` (numbers and strings) alone: (seed, step, rank), say.
-
-    A run that is stopped and resumed asks for the same keys and so draws the same numbers.
-    """
+    """A CPU generator whose state depends on `key` (numbers, strings) alone: a resumed run draws the same."""
     digest = hashlib.blake2b(repr(key).encode(), digest_size=8).digest()
     return Generator().manual_seed(int.from_bytes(digest, "little") >> 1)
 
@@ -111,10 +108,7 @@ def resize_lines(lines: Tensor, start: Tensor, length: Tensor, size: int) -> Ten
 
 
 def resize_boxes(images: Tensor, boxes: Tensor, size: int) -> Tensor:
-    """Cuts box i = (top, left, height, width) out of image i and resizes it: uint8 (B, 3, size, size).
-
-    `boxes` (B, 4) are on the CPU.
-    """
+    """Cuts box i of `random_boxes`, which are on the CPU, out of image i: uint8 (B, 3, size, size)."""
     if images.device.type == "cpu" and len(images) > 16:  # a few at a time stay in a CPU's cache
         parts = zip(images.split(16), boxes.split(16), strict=True)
         return torch.cat([resize_boxes(*part, size) for part in parts])
@@ -145,19 +139,13 @@ def random_crop(images: Tensor, size: int, generator: Generator) -> Tensor:
 
 
 def resize_size(*sides: int, size: int) -> list[int]:
-    """The sides to resize to before the evaluation crop: the short one to size / 0.875, rounded down.
-
-    So do the authors: 438 pixels at 384.
-    """
+    """The sides before the evaluation crop: the short one is size / 0.875, rounded down as the authors do."""
     short = int(size / 0.875)
     return [short * side // min(sides) for side in sides]
 
 
 def center_crop(images: Tensor, size: int) -> Tensor:
-    """Evaluation crop uint8 (B, 3, size, size): short side to size / 0.875, then the center.
-
-    Images of their own size stay as they are.
-    """
+    """Evaluation crop uint8 (B, 3, size, size): the center after `resize_size`; images of that size stay."""
     height, width = images.shape[2:]
     if (height, width) == (size, size):
         return images
@@ -503,9 +491,7 @@ class Mixup:
         """CutMix's box (top, bottom, left, right): sides √(1-λ) of the image's, center uniform, clipped."""
         h, w = int(height * math.sqrt(1 - lam)), int(width * math.sqrt(1 - lam))
         y, x = (int(torch.randint(side, (), generator=generator)) for side in (height, width))
-        top, bottom = max(0, y - h // 2), min(height, y + h // 2)
-        left, right = max(0, x - w // 2), min(width, x + w // 2)
-        return top, bottom, left, right
+        return max(0, y - h // 2), min(height, y + h // 2), max(0, x - w // 2), min(width, x + w // 2)
 
     def __call__(self, inputs: Tensor, labels: Tensor, generator: Generator) -> tuple[Tensor, Tensor]:
         height, width = inputs.shape[2:]

@@ -2,7 +2,8 @@
 
 A set is either an `ArraySet`, small enough to be held whole as one uint8 tensor on the device and cropped
 there, or a `FolderSet`, streamed from files by worker processes that only decode and crop. Both hand out
-batches of images uint8 (B, 3, S, S) and labels int64 (B,)."""
+batches of images uint8 (B, 3, S, S) and labels int64 (B,).
+"""
 
 import importlib.util
 import itertools
@@ -22,17 +23,8 @@ from PIL import Image, ImageDraw, ImageOps
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from augment import (
-    SMALL_IMAGE,
-    RepeatedAugmentSampler,
-    center_crop,
-    keyed_generator,
-    pad_and_crop,
-    random_boxes,
-    random_crop,
-    resize_size,
-    to_device,
-)
+import augment
+from augment import center_crop, keyed_generator, pad_and_crop, random_boxes, random_crop, to_device
 from launch import UserError, main_process_first, rank, world_size
 
 # ---- shapes: ten classes drawn by the program itself ----
@@ -67,8 +59,7 @@ CUES = 0.6  # the share of images in which a class wears its own color; and, sep
 
 
 def draw_shape(seed: int, split: str, index: int, size: int) -> tuple[Image.Image, int]:
-    """Image `index` of a split: RGB (size, size) and its label, index mod 10, always the same for the same
-    arguments.
+    """Image `index` of a split: RGB (size, size) and its label, index mod 10; always the same.
 
     Easy cues tell a class more often than not (its color; its texture: solid, stripes or dots); otherwise
     color and texture are anyone's. The outline always tells it, under shift, scale, rotation by up to 20
@@ -77,29 +68,26 @@ def draw_shape(seed: int, split: str, index: int, size: int) -> tuple[Image.Imag
     rng, label = random.Random(f"{seed}/{split}/{index}"), index % 10
     side = 3 * size  # drawn large and reduced, for smooth edges
 
-    def color(hue: float, value: tuple[float, float]) -> tuple[int, int, int]:
-        image = Image.new(
-            "HSV", (1, 1), (int(hue * 256) % 256, rng.randint(120, 255), int(255 * rng.uniform(*value)))
-        )
-        return image.convert("RGB").getpixel((0, 0))
+    def color(hue: float, low: float, high: float) -> tuple[int, int, int]:
+        hsv = (int(hue * 256) % 256, rng.randint(120, 255), int(255 * rng.uniform(low, high)))
+        return Image.new("HSV", (1, 1), hsv).convert("RGB").getpixel((0, 0))
 
-    image = Image.new("RGB", (side, side), color(rng.random(), (0.1, 0.45)))
+    image = Image.new("RGB", (side, side), color(rng.random(), 0.1, 0.45))
     draw = ImageDraw.Draw(image)
     for _ in range(rng.randint(2, 5)):  # clutter: dim blobs and lines behind the shape
         x, y, r = rng.uniform(0, side), rng.uniform(0, side), rng.uniform(0.03, 0.12) * side
-        shade = color(rng.random(), (0.2, 0.8))
+        shade = color(rng.random(), 0.2, 0.8)
         if rng.random() < 0.5:
             draw.ellipse((x - r, y - r, x + r, y + r), fill=shade)
         else:
-            draw.line(
-                (x, y, rng.uniform(0, side), rng.uniform(0, side)), fill=shade, width=max(1, int(r / 3))
-            )
+            end = (rng.uniform(0, side), rng.uniform(0, side))
+            draw.line((x, y, *end), fill=shade, width=max(1, int(r / 3)))
 
     own_hue = (label + rng.gauss(0, 0.25)) / 10
     hue = own_hue if rng.random() < CUES else rng.random()
     texture = label % 3 if rng.random() < CUES else rng.randrange(3)
-    fill = Image.new("RGB", (side, side), color(hue, (0.65, 1.0)))
-    pattern, second = ImageDraw.Draw(fill), color(hue + 0.08, (0.3, 0.5))
+    fill = Image.new("RGB", (side, side), color(hue, 0.65, 1.0))
+    pattern, second = ImageDraw.Draw(fill), color(hue + 0.08, 0.3, 0.5)
     step = max(3, int(side * rng.uniform(0.09, 0.13)))
     for i in range(0, side, step):
         if texture == 1:
@@ -156,6 +144,9 @@ class FolderSet:
         self.paths, self.labels = [self.paths[i] for i in indices], [self.labels[i] for i in indices]
 
 
+DataSet = ArraySet | FolderSet
+
+
 def draw_shapes(split: str, count: int, size: int) -> ArraySet:
     """The first `count` shapes of a split."""
     if count * 3 * size**2 > 2**33:
@@ -181,17 +172,10 @@ def open_cifar(kind: type, root: Path, split: str, skip_broken: bool) -> ArraySe
     return ArraySet(images, torch.tensor(found.targets), found.classes)
 
 
-def need_scipy(name: str) -> None:
-    """Raises UserError unless scipy is installed, which reads the labels of two data sets."""
-    if importlib.util.find_spec("scipy") is None:
-        raise UserError(f"the labels of {name} are MATLAB files, read by scipy: pip install scipy")
-
-
 def open_flowers(root: Path, split: str, skip_broken: bool) -> FolderSet:
     """Oxford Flowers-102. Table 8 trains on its train and val splits together, and tests on its test."""
-    need_scipy("flowers102")
     kind = torchvision.datasets.Flowers102
-    parts = [download(kind, root, split=p) for p in (("train", "val") if split == "train" else ("test",))]
+    parts = [download(kind, root, split=p) for p in (["train", "val"] if split == "train" else ["test"])]
     classes = getattr(kind, "classes", [f"flower {n}" for n in range(1, 103)])  # torchvision 0.22 names them
     paths = [str(path) for part in parts for path in part._image_files]
     return FolderSet(paths, [label for part in parts for label in part._labels], list(classes), skip_broken)
@@ -199,7 +183,6 @@ def open_flowers(root: Path, split: str, skip_broken: bool) -> FolderSet:
 
 def open_cars(root: Path, split: str, skip_broken: bool) -> FolderSet:
     """Stanford Cars, which nobody offers for download any more: torchvision reads what one has of it."""
-    need_scipy("cars")
     try:
         found = torchvision.datasets.StanfordCars(root, "train" if split == "train" else "test")
     except Exception as error:  # a damaged file can make scipy raise anything
@@ -229,14 +212,12 @@ def read_image(path: str | Path, enough: int | None = None) -> Image.Image:
     """The picture in a file, upright and RGB with 8 bits; transparent parts lie on white, as on a page.
 
     Of 16 bits the upper 8 are kept. A JPEG of 2, 4 or 8 times `enough` pixels a side is decoded at a half, a
-    quarter or an eighth of its size, which takes less time. Raises UserError naming the file if it cannot be
-    read.
+    quarter or an eighth of its size, in less time. Raises UserError for a file that cannot be read.
     """
     try:
-        with Image.open(path) as opened:
+        with Image.open(path) as image:
             if enough is not None:
-                opened.draft("RGB", (enough, enough))
-            image = opened
+                image.draft("RGB", (enough, enough))
             image.load()
             ImageOps.exif_transpose(image, in_place=True)
             if image.mode[0] in "IF":  # grey of more than 8 bits, whose values above 255 convert would clip
@@ -255,7 +236,7 @@ def read_image(path: str | Path, enough: int | None = None) -> Image.Image:
 HELD_BYTES = 2**30  # a set of equally large images that needs less than this is held whole
 
 
-def open_folder(root: Path, split: str, skip_broken: bool = False) -> ArraySet | FolderSet:
+def open_folder(root: Path, split: str, skip_broken: bool = False) -> DataSet:
     """The images in ROOT/SPLIT/CLASS/*: held if they are all of one size and small together, else streamed.
 
     The classes are those of ROOT/train, where none may be empty; another split may lack some.
@@ -267,8 +248,7 @@ def open_folder(root: Path, split: str, skip_broken: bool = False) -> ArraySet |
         found = torchvision.datasets.ImageFolder(folder, allow_empty=True)
         classes = torchvision.datasets.folder.find_classes(train if train.is_dir() else folder)[0]
     except OSError as error:
-        reason = " ".join(str(error).split())
-        raise UserError(f"no images in class folders below {folder}: {reason}") from error
+        raise UserError(f"no images in class folders below {folder}: {error}") from error
     if odd := sorted(set(found.classes) - set(classes)):
         raise UserError(f"there is the class {odd[0]!r}, which train has not, in {folder}")
     if not found.samples:
@@ -278,7 +258,7 @@ def open_folder(root: Path, split: str, skip_broken: bool = False) -> ArraySet |
     if split == "train" and (empty := set(range(len(classes))) - set(labels)):
         raise UserError(f"there is no image in {folder / classes[min(empty)]}")
     streamed = FolderSet(paths, labels, classes, skip_broken)
-    images, kept, broken = None, [], set()
+    images, kept, broken = [], [], set()
     for path, label in zip(paths, labels, strict=True):
         try:
             image = to_tensor(read_image(path))
@@ -287,17 +267,13 @@ def open_folder(root: Path, split: str, skip_broken: bool = False) -> ArraySet |
                 raise
             broken.add(path)
             continue
-        if images is None:
-            if len(paths) * image.numel() > HELD_BYTES:
-                return streamed
-            images = image.new_empty(len(paths), *image.shape)
-        if image.shape != images.shape[1:]:
+        if len(paths) * image.numel() > HELD_BYTES or (images and image.shape != images[0].shape):
             return streamed
-        images[len(kept)] = image
+        images.append(image)
         kept.append(label)
-    if images is None:
+    if not images:
         raise UserError(f"none of the images in {folder} can be read")
-    return ArraySet(images[: len(kept)], torch.tensor(kept), classes, broken)
+    return ArraySet(torch.stack(images), torch.tensor(kept), classes, broken)
 
 
 SHAPES_COUNT = {"train": 8000, "val": 2000}
@@ -315,11 +291,13 @@ OPENERS = {
 DATA_NAMES = ("shapes", *OPENERS)
 
 
-def load_data(s, device: torch.device, splits: tuple = ("train", "val")) -> list[ArraySet | FolderSet]:
+def load_data(s, device: torch.device, splits: tuple = ("train", "val")) -> list[DataSet]:
     """The named splits of the data set s.data, each with at most s.limit images, evenly spread (0: all).
 
     What the paper tests on (Table 8) is `val`. Raises UserError for what is missing or does not fit together.
     """
+    if s.data in ("flowers102", "cars") and importlib.util.find_spec("scipy") is None:
+        raise UserError(f"the labels of {s.data} are MATLAB files, read by scipy: pip install scipy")
     found = []
     for split in splits:
         if s.data == "shapes":
@@ -344,7 +322,7 @@ def to_tensor(image: Image.Image) -> Tensor:
 
 def crop_file(image: Image.Image, size: int, key: tuple | None) -> Tensor:
     """`random_crop` (with a key) or `center_crop` (without), done by Pillow: uint8 (3, size, size)."""
-    if key is not None and image.size == (size, size) and size <= SMALL_IMAGE:
+    if key is not None and image.size == (size, size) and size <= augment.SMALL_IMAGE:
         return pad_and_crop(to_tensor(image)[None], keyed_generator(*key))[0]
     if key is not None:
         top, left, high, wide = random_boxes(1, image.height, image.width, keyed_generator(*key))[0].tolist()
@@ -355,14 +333,13 @@ def crop_file(image: Image.Image, size: int, key: tuple | None) -> Tensor:
     if max(image.size) > 16 * min(image.size):  # of a very long image the far ends, which need much memory
         left, top = (max(0, (a - 16 * b) // 2) for a, b in (image.size, image.size[::-1]))
         image = image.crop((left, top, image.width - left, image.height - top))
-    image = image.resize(resize_size(*image.size, size=size), Image.Resampling.BICUBIC)
+    image = image.resize(augment.resize_size(*image.size, size=size), Image.Resampling.BICUBIC)
     left, top = round((image.width - size) / 2), round((image.height - size) / 2)
     return to_tensor(image.crop((left, top, left + size, top + size)))
 
 
 class Crops(Dataset):
-    """Whole batches read from files: item (indices, key) is images uint8 (B, 3, S, S), labels int64 (B,) and
-    the files that were left out.
+    """Whole batches from files: item (indices, key) is images (B, 3, S, S), labels (B,), files left out.
 
     A batch of training has others of its images in their place, one of evaluation is smaller. Where none may
     be left out the item is the UserError itself, which would lose its one line if a worker raised it.
@@ -416,11 +393,10 @@ def leave_group(worker: int) -> None:
     signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)
 
 
-def load_batches(data: ArraySet | FolderSet, plan: Iterable, s, device: torch.device) -> Iterator:
+def load_batches(data: DataSet, plan: Iterable, s, device: torch.device) -> Iterator:
     """Batches uint8 (B, 3, S, S) and labels (B,) on the device, as `plan` asks for them: (indices, key).
 
-    With a key of `keyed_generator` images are cropped at random, else in the center. Files are read ahead by
-    worker processes. `s` are the settings.
+    With a key of `keyed_generator` images are cropped at random, else in the center. `s` are the settings.
     """
     if isinstance(data, ArraySet):
         for indices, key in plan:
@@ -429,14 +405,8 @@ def load_batches(data: ArraySet | FolderSet, plan: Iterable, s, device: torch.de
             images = random_crop(images, size, keyed_generator(*key)) if key else center_crop(images, size)
             yield images, data.labels[index]
         return
-    loader = DataLoader(
-        Crops(data, s.img_size),
-        sampler=plan,
-        batch_size=None,
-        num_workers=s.workers_here(),
-        pin_memory=device.type == "cuda",
-        worker_init_fn=leave_group,
-    )
+    options = dict(num_workers=s.workers_here(), worker_init_fn=leave_group, pin_memory=device.type == "cuda")
+    loader = DataLoader(Crops(data, s.img_size), sampler=plan, batch_size=None, **options)
     for batch in start_workers(loader):
         if isinstance(batch, UserError):
             raise batch
@@ -445,21 +415,20 @@ def load_batches(data: ArraySet | FolderSet, plan: Iterable, s, device: torch.de
         yield to_device(images, device), to_device(labels, device)
 
 
-def steps_per_epoch(data: ArraySet | FolderSet, s) -> int:
+def steps_per_epoch(data: DataSet, s) -> int:
     """How many steps an epoch has; raises UserError if not even one."""
-    images = len(RepeatedAugmentSampler(len(data), world_size(), rank(), s.repeats)) * world_size()
+    images = len(augment.RepeatedAugmentSampler(len(data), world_size(), rank(), s.repeats)) * world_size()
     if images < s.batch_size:
         raise UserError(f"--batch-size {s.batch_size} is more than an epoch's {images} images; lower it")
     return images // s.batch_size
 
 
-def train_batches(data: ArraySet | FolderSet, s, step: int, device: torch.device) -> Iterator:
+def train_batches(data: DataSet, s, step: int, device: torch.device) -> Iterator:
     """The endless stream of this process's batches, across epochs, from step number `step` on.
 
-    What is drawn depends on the seed, the rank and the batch's number alone, so any `step` continues the same
-    stream.
+    What is drawn depends on the seed, the rank and the batch's number alone: any step continues the stream.
     """
-    sampler = RepeatedAugmentSampler(len(data), world_size(), rank(), s.repeats, s.seed)
+    sampler = augment.RepeatedAugmentSampler(len(data), world_size(), rank(), s.repeats, s.seed)
     per_epoch = steps_per_epoch(data, s) * s.accumulate
     micro_batch_size = s.batch_size // (world_size() * s.accumulate)  # images a forward pass
 
@@ -476,7 +445,7 @@ def train_batches(data: ArraySet | FolderSet, s, step: int, device: torch.device
     return load_batches(data, plan(), s, device)
 
 
-def eval_batches(data: ArraySet | FolderSet, s, device: torch.device) -> Iterator:
+def eval_batches(data: DataSet, s, device: torch.device) -> Iterator:
     """This process's share of a data set: over all processes every image once."""
     own, size = list(range(rank(), len(data), world_size())), min(256, s.batch_size)
     return load_batches(data, [(own[i : i + size], None) for i in range(0, len(own), size)], s, device)

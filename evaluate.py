@@ -16,7 +16,6 @@ CKPT is a checkpoint of train.py or finetune.py, one of the authors' (a file, a 
 deit_base_distilled), or the name of a torchvision classifier, with its published ImageNet weights.
 """
 
-import argparse
 import copy
 import inspect
 import json
@@ -24,8 +23,8 @@ import os
 import re
 import sys
 import time
+from argparse import Namespace, RawDescriptionHelpFormatter
 from collections.abc import Callable, Iterator
-from functools import partial
 from pathlib import Path
 
 import torch
@@ -36,42 +35,13 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
+import checkpoint
+import launch
 import pictures
 from augment import Augment, keyed_generator, normalize
-from checkpoint import (
-    check_class_order,
-    checkpoint_settings,
-    is_imagenet,
-    published_settings,
-    read_checkpoint,
-    read_log,
-)
-from data import (
-    DATA_NAMES,
-    ArraySet,
-    FolderSet,
-    crop_file,
-    draw_shapes,
-    eval_batches,
-    load_data,
-    open_folder,
-    read_image,
-    to_tensor,
-)
+from data import DATA_NAMES, DataSet, crop_file, draw_shapes, eval_batches, load_data, read_image, to_tensor
 from distill import REGNETY, create_teacher, label_loss
-from launch import (
-    UserError,
-    all_reduce,
-    autocast,
-    compute_dtype,
-    init,
-    out_of_memory,
-    print0,
-    printable,
-    rank,
-    run_program,
-    world_size,
-)
+from launch import UserError, all_gather, all_reduce, autocast, print0, printable, world_size
 from model import DeiT, fuse
 from settings import COUNT, DEVICES, PIXELS, Parser, Settings, check_sizes, complete, from_saved
 from train import HEADS, accuracy_line, build_network, build_optimizer, predictions
@@ -79,30 +49,29 @@ from train import HEADS, accuracy_line, build_network, build_optimizer, predicti
 # ---- Any network, and any validation set to look at it on ----
 
 
-def open_network(source: str, arguments: argparse.Namespace) -> tuple[nn.Module, Settings, int]:
-    """A frozen network on its device, the settings that it was trained with, and its number of classes.
+def open_network(source: str, arguments: Namespace) -> tuple[nn.Module, Settings]:
+    """A frozen network on its device, with `source` and `num_classes`, and the settings it was trained with.
 
     `source` is what this file's head calls CKPT; what it does not tell of its settings is the paper's.
     """
-    device = arguments.device
     if source in (*REGNETY, *torchvision.models.list_models(torchvision.models)):
-        saved, weights = published_settings(source), "published"
+        saved, weights = checkpoint.published_settings(source), "published"
     else:
-        saved, weights = checkpoint_settings(read_checkpoint(source)), source
+        saved, weights = checkpoint.checkpoint_settings(checkpoint.read_checkpoint(source)), source
     if not saved.keys() >= {"model", "num_classes"}:
         raise UserError(f"{source} does not say what it is; name a checkpoint of train.py or an official one")
     s = from_saved(saved, workers=-1, precision=getattr(arguments, "precision", "auto"))
     sizes = dict(img_size=s.img_size, patch_size=s.patch_size)
-    network = create_teacher(s.model, saved["num_classes"], weights, **sizes).to(device)
-    s.img_size = network.img_size
-    return network, s, saved["num_classes"]
+    network = create_teacher(s.model, saved["num_classes"], weights, **sizes).to(arguments.device)
+    network.source, network.num_classes, s.img_size = source, saved["num_classes"], network.img_size
+    return network, s
 
 
-def class_names(network: nn.Module, num_classes: int) -> list[str]:
+def class_names(network: nn.Module) -> list[str]:
     """What to call a network's classes: as in training, but ImageNet's by words."""
-    if is_imagenet(network.classes, num_classes):
+    if checkpoint.is_imagenet(network.classes, network.num_classes):
         return torchvision.models.get_model_weights("resnet18").DEFAULT.meta["categories"]
-    return network.classes or [f"class {number}" for number in range(num_classes)]
+    return network.classes or [f"class {number}" for number in range(network.num_classes)]
 
 
 def class_indices(source: str, network: nn.Module, num_classes: int, names: list[str]) -> list[int]:
@@ -113,51 +82,47 @@ def class_indices(source: str, network: nn.Module, num_classes: int, names: list
     known = network.classes
     if known and set(names) <= set(known):
         return [known.index(name) for name in names]
-    numbers = all(re.fullmatch("[0-9]+", name) for name in names) and max(map(int, names)) < num_classes
-    if numbers and (known is None or is_imagenet(known, num_classes)):
+    numbers = all(name.isdecimal() and int(name) < num_classes for name in names)
+    if numbers and (known is None or checkpoint.is_imagenet(known, num_classes)):
         return [int(name) for name in names]
     if known is None and len(names) == num_classes:
-        check_class_order(source, names, num_classes)
+        checkpoint.check_class_order(source, names, num_classes)
         return list(range(num_classes))
     odd = next(name for name in names if name not in (known or ()))
     raise UserError(f"{source} knows {num_classes} other classes; the data set has {odd!r}; see --data")
 
 
-def open_val(
-    source: str, network: nn.Module, s: Settings, num_classes: int, arguments: argparse.Namespace
-) -> tuple[ArraySet | FolderSet, Tensor, str | Path]:
+def open_val(network: nn.Module, s: Settings, arguments: Namespace) -> tuple[DataSet, Tensor, str | Path]:
     """The validation set, its labels int64 (n,) as the network numbers them, and its name or folder."""
+    split = "val"
     if arguments.val:
         if arguments.data or arguments.data_path:
             raise UserError("--val names the validation images itself; leave out --data and --data-path")
-        called = Path(arguments.val)
-        data = open_folder(called.parent, called.name)
-        if isinstance(data, ArraySet):
-            data.images, data.labels = data.images.to(arguments.device), data.labels.to(arguments.device)
+        folder, split = Path(arguments.val).parent, Path(arguments.val).name
+        s.data, s.data_path, s.limit, s.skip_broken = "folder", folder, 0, False
     else:
         s.limit = s.limit if arguments.data in (None, s.data) else 0
         s.data, s.data_path = arguments.data or s.data, arguments.data_path or s.data_path
-        (data,) = load_data(s, arguments.device, ("val",))
-        called = Path(s.data_path) / "val" if s.data in ("imagenet", "folder") else s.data
-    indices = class_indices(source, network, num_classes, data.classes)
-    return data, torch.tensor(indices)[torch.as_tensor(data.labels).cpu()], called
+    (data,) = load_data(s, arguments.device, (split,))
+    indices = torch.tensor(class_indices(network.source, network, network.num_classes, data.classes))
+    called = Path(s.data_path) / split if s.data in ("imagenet", "folder") else s.data
+    return data, indices[torch.as_tensor(data.labels).cpu()], called
 
 
-def ranking(network: nn.Module, data: ArraySet | FolderSet, s: Settings, device: torch.device) -> Tensor:
+def ranking(network: nn.Module, data: DataSet, s: Settings, device: torch.device) -> Tensor:
     """Each head's first classes for every image: int64 (n, heads, min(5, C)), in the data's order.
 
     The same on every process. Of equal scores the class of lower index is first, as with argmax.
     """
-    chunks = [
-        torch.stack([head.argsort(dim=1, descending=True, stable=True)[:, :5] for head in scores], dim=1)
-        for _, scores in predictions(network, data, s, device)
-    ]
-    own = torch.cat(chunks) if chunks else torch.zeros(0, 1, 1, dtype=torch.long, device=device)
-    shape = all_reduce(torch.tensor(own.shape[1:], device=device) * (rank() == 0)).tolist()
-    first = torch.zeros(len(data), *shape, dtype=torch.long, device=device)
-    if chunks:  # there may be fewer images than processes
-        first[rank() :: world_size()] = own
-    return all_reduce(first).cpu()
+    chunks = []
+    for _, scores in predictions(network, data, s, device):
+        orders = [head.argsort(dim=1, descending=True, stable=True)[:, :5] for head in scores]
+        chunks.append(torch.stack(orders, dim=1).cpu())
+    shares = [torch.cat(own) for own in all_gather(chunks) if own]  # there may be more processes than images
+    first = torch.zeros(len(data), *shares[0].shape[1:], dtype=torch.long)
+    for number, share in enumerate(shares):
+        first[number :: world_size()] = share
+    return first
 
 
 # ---- accuracy: Tables 3 and 5 ----
@@ -175,16 +140,16 @@ def real_labels(path: str, root: str | Path) -> list[list[int]]:
     """
     if not isinstance(root, Path):
         raise UserError(f"--real is about ImageNet's validation files, not {root}")
-    files = [Path(file).name for file, _ in torchvision.datasets.ImageFolder(root, allow_empty=True).samples]
+    files = torchvision.datasets.ImageFolder(root, allow_empty=True).samples
     try:
         labels = json.loads(Path(path).read_bytes())
-        numbers = [int(re.fullmatch(r"ILSVRC2012_val_(\d+)\.\w+", file)[1]) for file in files]
+        numbers = [int(re.fullmatch(r"ILSVRC2012_val_(\d+)", Path(file).stem)[1]) for file, _ in files]
         return [[int(label) for label in labels[number - 1]] for number in numbers]
     except (OSError, ValueError, TypeError, LookupError) as error:
         raise UserError(f"{path} and ImageNet's validation files, ILSVRC2012_val_*, do not fit") from error
 
 
-def accuracy(arguments: argparse.Namespace) -> None:
+def accuracy(arguments: Namespace) -> None:
     """Top-1 and top-5 accuracy of every head of every checkpoint, on one validation set.
 
     Of equal scores the class of lower index comes first. Top-5 is left out where there are five classes or
@@ -192,39 +157,35 @@ def accuracy(arguments: argparse.Namespace) -> None:
     images without any do not count. Several processes (torchrun) share the images; each counts once.
     """
     for source in arguments.checkpoints:
-        network, s, num_classes = open_network(source, arguments)
-        data, labels, called = open_val(source, network, s, num_classes, arguments)
+        network, s = open_network(source, arguments)
+        data, labels, called = open_val(network, s, arguments)
         real = real_labels(arguments.real, called) if arguments.real else []
         first = ranking(network, data, s, arguments.device)
         hits = first == labels[:, None, None]
         print0(f"{source}: {len(data)} images of {called}")
         print0(f"  top-1  {accuracy_line(percent(hits[:, :, 0]))}")
-        if num_classes > 5:
+        if network.num_classes > 5:
             print0(f"  top-5  {accuracy_line(percent(hits.any(dim=2)))}")
         if real:
             top = first[:, :, 0].tolist()
             right = [[p in own for p in heads] for heads, own in zip(top, real, strict=True) if own]
             print0(f"  Real   {accuracy_line(percent(torch.tensor(right)))}  ({len(right)} images)")
         if arguments.per_class:
-            names = class_names(network, num_classes)
+            names = class_names(network)
             print0("".join(f"{word:>14}" for word in ("images", *HEADS[: hits.shape[1]])) + "  class")
             for label in labels.unique().tolist():
                 own = hits[labels == label, :, 0]
-                cells = f"{len(own):14}" + "".join(f"{share:14.2f}" for share in percent(own).values())
-                print0(f"{cells}  {names[label]}")
+                cells = "".join(f"{share:14.2f}" for share in percent(own).values())
+                print0(f"{len(own):14}{cells}  {names[label]}")
 
 
 # ---- compare: Table 4 ----
 
 
 def short_names(sources: list[str]) -> list[str]:
-    """The shortest ends of the paths that tell them apart; `last.pth` goes by its folder's name."""
-    parts = [[part for part in Path(source).parts if part != "last.pth"] or [source] for source in sources]
-    for count in range(1, max(map(len, parts)) + 1):
-        names = ["/".join(part[-count:]) for part in parts]
-        if len(set(names)) == len(names):
-            break
-    return names
+    """The last part of each path, for `last.pth` its folder; the whole paths if two are the same."""
+    short = [Path(source.removesuffix("/last.pth")).name or source for source in sources]
+    return short if len(set(short)) == len(short) else sources
 
 
 def disagreement(decisions: Tensor) -> Tensor:
@@ -232,20 +193,20 @@ def disagreement(decisions: Tensor) -> Tensor:
     return (decisions[:, None] != decisions[None]).double().mean(dim=2)
 
 
-def compare(arguments: argparse.Namespace) -> None:
+def compare(arguments: Namespace) -> None:
     """Percent of images classified differently by each pair of classifiers (Table 4).
 
     The classifiers are the ground truth and every head of every checkpoint. The validation set is the one
     that the first checkpoint was trained with, if none is named.
     """
-    rows, decisions, classes, shared = ["ground truth"], [], [], {}
+    rows, decisions, classes, shared = ["ground truth"], [], None, None
     for source, name in zip(arguments.checkpoints, short_names(arguments.checkpoints), strict=True):
-        network, s, num_classes = open_network(source, arguments)
+        network, s = open_network(source, arguments)
         shared = shared or {key: getattr(s, key) for key in ("data", "data_path", "limit", "skip_broken")}
         vars(s).update(shared)
-        data, labels, called = open_val(source, network, s, num_classes, arguments)
-        classes.append(class_names(network, num_classes))
-        if classes[-1] != classes[0]:
+        data, labels, called = open_val(network, s, arguments)
+        classes = classes or class_names(network)
+        if class_names(network) != classes:
             raise UserError(f"{source} numbers its classes otherwise than {arguments.checkpoints[0]}")
         first = ranking(network, data, s, arguments.device)[:, :, 0]
         decisions += [*([] if decisions else [labels]), *first.unbind(1)]
@@ -261,31 +222,22 @@ def compare(arguments: argparse.Namespace) -> None:
 # ---- tokens: the analysis of the two tokens in section 5.2 ----
 
 
-@torch.no_grad()
-def layer_embeddings(network: DeiT, images: Tensor) -> Tensor:
-    """The class and distillation embeddings after every block: (depth, B, 2, D)."""
-    x, layers = network.embed(images), []
-    for block in network.blocks:
-        x = block(x)
-        layers.append(x[:, :2])
-    return torch.stack(layers)
-
-
-def tokens(arguments: argparse.Namespace) -> None:
+def tokens(arguments: Namespace) -> None:
     """Cosine between the two token parameters, and the mean one of their embeddings after every layer."""
     for source in arguments.checkpoints:
-        network, s, num_classes = open_network(source, arguments)
+        network, s = open_network(source, arguments)
         if not getattr(network, "distilled", False):
             raise UserError(f"{source} has no distillation token to compare with its class token")
-        data, _, _ = open_val(source, network, s, num_classes, arguments)
+        data, _, _ = open_val(network, s, arguments)
         parameters = F.cosine_similarity(network.cls_token, network.dist_token, dim=-1).item()
         sums = torch.zeros(len(network.blocks), device=arguments.device)
         for images, _ in eval_batches(data, s, arguments.device):
-            class_token, dist_token = layer_embeddings(network, normalize(images)).unbind(2)
-            sums += F.cosine_similarity(class_token, dist_token, dim=-1).sum(dim=1)
-        print0(f"{source}: the two parameters {parameters:.3f}; after each layer")
-        cosines = (all_reduce(sums) / len(data)).tolist()
-        print0("  " + " ".join(f"{cosine:.3f}" for cosine in cosines))
+            x = network.embed(normalize(images))
+            for layer, block in enumerate(network.blocks):
+                x = block(x)
+                sums[layer] += F.cosine_similarity(x[:, 0], x[:, 1], dim=-1).sum()
+        cosines = " ".join(f"{cosine:.3f}" for cosine in (all_reduce(sums) / len(data)).tolist())
+        print0(f"{source}: the two parameters {parameters:.3f}; after each layer\n  {cosines}")
 
 
 # ---- throughput: Table 1 and Figure 1 ----
@@ -333,7 +285,7 @@ def largest_batch(ready: Callable[[int], Callable], device: torch.device) -> int
             synchronize(device)
             break
         except RuntimeError as error:
-            if not out_of_memory(error):
+            if not launch.out_of_memory(error):
                 raise
             batch //= 2
         torch.cuda.empty_cache()
@@ -350,27 +302,27 @@ def peak_memory(device: torch.device) -> str:
     return f"{used / 1e9:.2f} GB, the process's high-water mark"
 
 
-def network_to_time(arguments: argparse.Namespace) -> tuple[nn.Module, Settings, int]:
+def network_to_time(arguments: Namespace) -> tuple[nn.Module, Settings]:
     """A checkpoint's network, or a fresh one for 1000 classes, as `open_network` gives it."""
     sizes = {name: getattr(arguments, name) for name in ("model", "img_size", "patch_size")}
     sizes = {name: value for name, value in sizes.items() if value}
-    if arguments.checkpoint and (sizes or arguments.distilled):
-        raise UserError("a checkpoint has its own model and sizes; leave out their flags")
     if arguments.checkpoint:
-        network, s, num_classes = open_network(arguments.checkpoint, arguments)
+        if sizes or arguments.distilled:
+            raise UserError("a checkpoint has its own model and sizes; leave out their flags")
+        network, s = open_network(arguments.checkpoint, arguments)
     else:
-        distill = "label" if arguments.distilled else "none"
-        s, num_classes = complete({"data": "imagenet", "distill": distill} | sizes), 1000
+        s = complete({"data": "imagenet", "distill": "label" if arguments.distilled else "none"} | sizes)
         if arguments.distilled and not s.distilled:
             raise UserError("--distilled is about a second token, which only tiny, small and base have")
         check_sizes(s.model, s, 2)
         network = build_network(s, 1000).to(arguments.device)
+        network.num_classes = 1000
     if not isinstance(network, DeiT):
         network = network.to(memory_format=torch.channels_last)  # as in training
-    return network.requires_grad_(True), s, num_classes
+    return network.requires_grad_(True), s
 
 
-def throughput(arguments: argparse.Namespace) -> None:
+def throughput(arguments: Namespace) -> None:
     """Images/s of inference and of training steps, and the share of the device's own peak that they reach.
 
     The paper's protocol: the largest batch that fits (on a GPU the largest power of two up to 4096, elsewhere
@@ -378,65 +330,67 @@ def throughput(arguments: argparse.Namespace) -> None:
     and augmentation (which has a line of its own); it counts three times the FLOPs of inference. The peak is
     the best of several large matrix products of the same precision.
     """
-    network, s, num_classes = network_to_time(arguments)
-    device, size, runs = arguments.device, s.img_size, arguments.runs
-    dtype = compute_dtype(arguments.precision, device)
+    network, s = network_to_time(arguments)
+    device, size, runs, precision = arguments.device, s.img_size, arguments.runs, arguments.precision
+    dtype = launch.compute_dtype(precision, device)
     model = torch.compile(network) if arguments.compile else network
     optimizer = build_optimizer(network, s)
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
-    augment, generator = Augment(num_classes), keyed_generator("throughput")
-
-    def infer(inputs: Tensor, labels: Tensor) -> None:
-        with torch.no_grad(), autocast(arguments.precision, device):
-            model(inputs)
-
-    def learn(inputs: Tensor, labels: Tensor) -> None:
-        with autocast(arguments.precision, device):
-            loss = label_loss(model(inputs), labels)
-        scaler.scale(loss).backward()
-        scaler.step(optimizer)
-        scaler.update()
-        optimizer.zero_grad()
 
     def batch(count: int) -> tuple[Tensor, Tensor]:
-        pixels = torch.randint(0, 256, (count, 3, size, size), dtype=torch.uint8, device=device)
-        return pixels, torch.arange(count, device=device) % num_classes
+        labels = torch.arange(count, device=device) % network.num_classes
+        return torch.randint(256, (count, 3, size, size), dtype=torch.uint8, device=device), labels
 
-    def ready(act: Callable, count: int) -> Callable:
+    def ready(count: int) -> Callable:
+        """A step on so many images: of training if the network is in that mode, else of inference."""
         pixels, labels = batch(count)
-        return partial(act, normalize(pixels), labels)
+        inputs = normalize(pixels)
+
+        @torch.no_grad()
+        def infer() -> None:
+            with autocast(precision, device):
+                model(inputs)
+
+        def learn() -> None:
+            with autocast(precision, device):
+                loss = label_loss(model(inputs), labels)
+            scaler.scale(loss).backward()
+            scaler.step(optimizer)
+            scaler.update()
+            optimizer.zero_grad()
+
+        return learn if network.training else infer
 
     name = torch.cuda.get_device_name() if device.type == "cuda" else f"{torch.get_num_threads()} threads"
-    flops, parameters = count_flops(network, size), sum(p.numel() for p in network.parameters())
-    print(
-        f"{s.model} at {size} pixels: {parameters / 1e6:.1f} M parameters, {flops / 1e9:.2f} GFLOP an image"
-    )
+    flops, weights = count_flops(network, size), sum(p.numel() for p in network.parameters())
+    print(f"{s.model} at {size} pixels: {weights / 1e6:.1f} M parameters, {flops / 1e9:.2f} GFLOP an image")
     print(f"{str(dtype).removeprefix('torch.')} on {device} ({name}), torch {torch.__version__}")
     peak, side = matmul_peak(dtype, device)
     print(f"peak          {peak / 1e12:.3g} TFLOP/s, the best of 5 products of {side} × {side} matrices")
-    for word, act, cost in (("inference", infer, flops), ("training", learn, 3 * flops)):
-        model.train(act is learn)
-        count = arguments.batch_size or largest_batch(partial(ready, act), device)
+    for word, cost in (("inference", flops), ("training", 3 * flops)):
+        model.train(word == "training")
+        count = arguments.batch_size or largest_batch(ready, device)
         if device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(device)
-        rate = count / seconds(ready(act, count), runs, device)
+        rate = count / seconds(ready(count), runs, device)
         share = f"{rate * cost / 1e12:.3g} TFLOP/s, {100 * rate * cost / peak:.1f} % of the peak"
         told = f"{rate:.1f} images/s, batch {count}, mean of {runs} runs; {share}; {peak_memory(device)}"
         print(f"{word:12}  {told}", flush=True)
-    rate = count / seconds(partial(augment, *batch(count), generator), runs, device)
+    augment, generator, images = Augment(network.num_classes), keyed_generator("throughput"), batch(count)
+    rate = count / seconds(lambda: augment(*images, generator), runs, device)
     print(f"augmentation  {rate:.1f} images/s, batch {count}, mean of {runs} runs")
 
 
 # ---- Pictures ----
 
 
-def attention(arguments: argparse.Namespace) -> None:
+def attention(arguments: Namespace) -> None:
     """A picture of what each head of a layer attends to from the class and from the distillation token.
 
     Beside them the attention rollout of the layers up to that one. Yellow is a map's own largest share of the
     attention paid to patches, which is told below it; attention to the tokens themselves is not shown.
     """
-    network, _, _ = open_network(arguments.checkpoint, arguments)
+    network, _ = open_network(arguments.checkpoint, arguments)
     if not isinstance(network, DeiT):
         raise UserError(f"{arguments.checkpoint} is no transformer of ours; it has no tokens that attend")
     layer = arguments.layer or len(network.blocks)
@@ -447,12 +401,12 @@ def attention(arguments: argparse.Namespace) -> None:
     pictures.save_picture(lambda out: pictures.sheet(rows, 112).save(out, optimize=True), arguments.out)
 
 
-def curves(arguments: argparse.Namespace) -> None:
+def curves(arguments: Namespace) -> None:
     """A picture of the training loss and of each head's accuracy in validation, by epoch, of several runs."""
     logs = {}
     for run, name in zip(arguments.runs, short_names(arguments.runs), strict=True):
         try:
-            logs[name] = read_log(Path(run))
+            logs[name] = checkpoint.read_log(Path(run))
             [(record["epoch"], record["loss"], record["accuracy"]["class"]) for record in logs[name]]
         except (ValueError, TypeError, LookupError) as error:
             raise UserError(f"{run}/log.jsonl is not the log of a run") from error
@@ -461,7 +415,7 @@ def curves(arguments: argparse.Namespace) -> None:
     pictures.draw_curves(logs, HEADS, arguments.out)
 
 
-def augmentations(arguments: argparse.Namespace) -> None:
+def augmentations(arguments: Namespace) -> None:
     """A labeled sheet: RandAugment's operations by magnitude, and whole batches with their targets."""
     if arguments.images:
         whole = [read_image(path).resize((224, 224), Image.Resampling.BICUBIC) for path in arguments.images]
@@ -493,14 +447,14 @@ def image_paths(words: list[str]) -> Iterator[str]:
             yield word
 
 
-def predict(arguments: argparse.Namespace) -> None:
+def predict(arguments: Namespace) -> None:
     """The most probable classes of images, by each head and fused.
 
     An image that cannot be read is told on standard error; the others go on, and the exit code is 2 at the
     end. With --json a line of JSON an image: {"image": path, head: [{"name": class, "probability": p}, ...]}.
     """
-    network, s, num_classes = open_network(arguments.checkpoint, arguments)
-    names, failed = class_names(network, num_classes), False
+    network, s = open_network(arguments.checkpoint, arguments)
+    names, failed = class_names(network), False
     for path in image_paths(arguments.images):
         try:
             crop = crop_file(read_image(path), s.img_size, None)
@@ -508,7 +462,7 @@ def predict(arguments: argparse.Namespace) -> None:
             print(f"error: {printable(str(error))}", file=sys.stderr, flush=True)
             failed = True
             continue
-        with torch.no_grad(), autocast("auto", arguments.device):
+        with autocast("auto", arguments.device):
             outputs = network(normalize(crop[None].to(arguments.device)))
         found = {}
         heads = [outputs] if isinstance(outputs, Tensor) else [*outputs, outputs]
@@ -534,18 +488,18 @@ VAL = {
     "checkpoints": CKPT | {"nargs": "+"},
     "--data": dict(choices=DATA_NAMES, help="data set [the one each was trained on]"),
     "--data-path": dict(metavar="DIR", help="where it is [where it was in training]"),
-    "--val": dict(metavar="DIR", help="instead: images in DIR/CLASS/*, classes by name or number"),
+    "--val": dict(metavar="DIR", help="instead: DIR/CLASS/*, classes by name or number (ImageNet-V2)"),
 }
 PRECISION = {"--precision": dict(choices=("auto", "fp32", "bf16", "fp16"), default="auto", help="[auto]")}
-# Each word's function, its arguments and its line in --help
+# Each word's function and its arguments; the first line of its docstring is its line in --help
 WORDS = {
-    accuracy: (VAL | PRECISION | {
+    accuracy: VAL | PRECISION | {
         "--per-class": dict(action="store_true", help="top-1 of every class too"),
         "--real": dict(metavar="JSON", help="ImageNet-Real's label file, real.json"),
-    }, "top-1 and top-5 accuracy of each head; ImageNet-Real and ImageNet-V2"),
-    compare: (VAL | PRECISION, "how often heads, networks and the truth disagree"),
-    tokens: (VAL, "how alike the two tokens are"),
-    throughput: (PRECISION | {
+    },
+    compare: VAL | PRECISION,
+    tokens: VAL,
+    throughput: PRECISION | {
         "checkpoint": CKPT | {"nargs": "?"},
         "--model": dict(help="a network, as in train.py [tiny]"),
         "--img-size": dict(type=PIXELS, help="side of the images, pixels [224]"),
@@ -554,40 +508,40 @@ WORDS = {
         "--batch-size": dict(type=COUNT, help="images [the most that fit; 16 without a GPU]"),
         "--runs": dict(type=COUNT, default=30, help="how many to take the mean of [30]"),
         "--compile": dict(action="store_true", help="use torch.compile"),
-    }, "images/s of inference and training, FLOPs, memory"),
-    attention: ({
+    },
+    attention: {
         "checkpoint": CKPT,
         "images": dict(nargs="+", metavar="IMAGE", help="image files"),
         "--layer": dict(type=COUNT, help="from 1 [the last]"),
         "--out": dict(metavar="PNG", default="attention.png", help="[attention.png]"),
-    }, "a picture of where the two tokens look"),
-    predict: ({
+    },
+    predict: {
         "checkpoint": CKPT,
         "images": dict(nargs="+", metavar="IMAGE", help="files, folders, or - for a list on standard input"),
         "--json": dict(action="store_true", help="a line of JSON an image"),
         "--top": dict(type=COUNT, default=5, metavar="K", help="how many classes [5]"),
-    }, "class names and probabilities of images"),
-    curves: ({
+    },
+    curves: {
         "runs": dict(nargs="+", metavar="RUN", help="directories of runs"),
         "--out": dict(metavar="PNG", default="curves.png", help="[curves.png]"),
-    }, "a picture of runs' losses and accuracies"),
-    augmentations: ({
+    },
+    augmentations: {
         "images": dict(nargs="*", metavar="IMAGE", help="files; their folders name classes [ten shapes]"),
         "--out": dict(metavar="PNG", default="augmentations.png", help="[augmentations.png]"),
         "--seed": dict(type=int, default=0, help="of the whole batches [0]"),
-    }, "a picture of every augmentation"),
+    },
 }  # fmt: skip
 
 
 def main() -> None:
     head, _, tail = __doc__.partition("\n")
-    raw = dict(allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter)
+    raw = dict(allow_abbrev=False, formatter_class=RawDescriptionHelpFormatter)
     parser = Parser(prog="evaluate.py", description=head, epilog=f"examples:{tail}", **raw)
     words = parser.add_subparsers(dest="word", required=True, metavar="WORD")
-    for act, (options, text) in WORDS.items():
+    for act, options in WORDS.items():
         examples = [line for line in tail.splitlines() if f"evaluate.py {act.__name__} " in line]
-        more = dict(description=inspect.cleandoc(act.__doc__), epilog="\n".join(["examples:", *examples]))
-        word = words.add_parser(act.__name__, help=text, **more, **raw)
+        more = dict(description=(text := inspect.getdoc(act)), epilog="\n".join(["examples:", *examples]))
+        word = words.add_parser(act.__name__, help=text.splitlines()[0], **more, **raw)
         word.set_defaults(act=act)
         word.add_argument("--device", choices=DEVICES, default="auto", help="[auto]")
         for name, option in options.items():
@@ -599,9 +553,9 @@ def main() -> None:
             raise UserError(f"there is no {path}, which --{name} names")
     if world_size() > 1 and arguments.act not in (accuracy, compare, tokens):
         raise UserError("this word is for one process; start it with python instead of torchrun")
-    arguments.device = init(arguments.device)
+    arguments.device = launch.init(arguments.device)
     arguments.act(arguments)
 
 
 if __name__ == "__main__":
-    run_program(main)
+    launch.run_program(main)

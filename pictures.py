@@ -11,16 +11,8 @@ import torch
 from PIL import Image, ImageDraw, ImageOps
 from torch import Tensor
 
-from augment import (
-    MEAN,
-    OPERATIONS,
-    RANDAUGMENT_ARGUMENTS,
-    STD,
-    Augment,
-    keyed_generator,
-    normalize,
-    random_crop,
-)
+import augment
+from augment import OPERATIONS, RANDAUGMENT_ARGUMENTS, keyed_generator, normalize
 from data import crop_file
 from launch import UserError, printable
 from model import DeiT
@@ -68,9 +60,8 @@ def attention_maps(network: DeiT, images: Tensor, layer: int) -> tuple[Tensor, T
     """How each prefix token's attention is spread over the patches: in a layer (from 1), and rolled out.
 
     Images float (B, 3, S, S), normalized. Returns the maps of that layer's heads (B, P, heads, G, G) and the
-    rollout of the layers up to it (B, P, G, G), each of sum 1. Attention rollout (Abnar & Zuidema, 2020):
-    the product of all layers' mean attention, each mixed half and half with the identity for the residual
-    connection.
+    rollout of the layers up to it (B, P, G, G), each of sum 1. Attention rollout (Abnar & Zuidema, 2020): the
+    product of the layers' mean attention, each mixed half and half with the identity for the residual path.
     """
     weights, prefix = network.attention_weights(images)[:layer], network.num_prefix_tokens
     rollout = identity = torch.eye(weights[0].shape[-1], device=images.device)
@@ -104,10 +95,9 @@ def attention_rows(network: DeiT, image: Image.Image, layer: int, heads: tuple, 
     maps, rollout = attention_maps(network, normalize(crop[None].to(device)), layer)
     rows = []
     for token, own, rolled in zip(heads, maps[0], rollout[0], strict=False):
-        titles = [*(f"head {number + 1}" for number in range(len(own))), "rollout"]
-        shown = [*own, rolled]
-        captions = [f"{t}, up to {100 * share.max():.0f} %" for t, share in zip(titles, shown, strict=True)]
-        images = [picture, *(overlay(picture, share) for share in shown)]
+        named = {f"head {number}": share for number, share in enumerate(own, start=1)} | {"rollout": rolled}
+        captions = [f"{title}, up to {100 * share.max():.0f} %" for title, share in named.items()]
+        images = [picture, *(overlay(picture, share) for share in named.values())]
         rows.append((f"{token}\ntoken", images, ["input", *captions]))
     return rows
 
@@ -168,10 +158,11 @@ def augmentation_rows(images: Tensor, labels: Tensor, classes: list[str], seed: 
     batch = torch.arange(count) % len(images)
     for name, alphas in (("Mixup", {"mixup": 0.8, "cutmix": 0.0}), ("CutMix", {"mixup": 0.0, "cutmix": 1.0})):
         generator = keyed_generator("sheet", seed, name)
-        augment = Augment(len(classes), smoothing=0.0, **alphas)
-        cropped = random_crop(images[batch], images.shape[3], generator)
-        inputs, targets = augment(cropped, labels[batch], generator)
-        pixels = 255 * (inputs * torch.tensor(STD).view(3, 1, 1) + torch.tensor(MEAN).view(3, 1, 1))
+        cropped = augment.random_crop(images[batch], images.shape[3], generator)
+        whole_path = augment.Augment(len(classes), smoothing=0.0, **alphas)
+        inputs, targets = whole_path(cropped, labels[batch], generator)
+        mean, std = torch.tensor([augment.MEAN, augment.STD]).view(2, 3, 1, 1)
+        pixels = 255 * (inputs * std + mean)
         captions = []
         for target in targets.tolist():
             shares = [f"{100 * share:.0f}% {classes[n]}" for n, share in enumerate(target) if share > 0]
