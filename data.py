@@ -199,7 +199,7 @@ def open_inat(year: str, root: Path, split: str, skip_broken: bool) -> FolderSet
     """
     names, tree = root / f"{split}{year}.json", root / year
     if not (tree.is_dir() and names.is_file()):
-        raise UserError(f"there is no {names} or no folder {tree}; README.md tells how to get them")
+        raise UserError(f"there is no {names} or no folder {tree}; docs/finetune.md tells how to get them")
     classes = torchvision.datasets.INaturalist(root, year).all_categories
     numbers = {name: number for number, name in enumerate(classes)}
     # "train_val2018/Aves/2761/x.jpg": torchvision renames the tree

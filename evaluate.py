@@ -39,9 +39,19 @@ import checkpoint
 import launch
 import pictures
 from augment import Augment, keyed_generator, normalize
-from data import DATA_NAMES, DataSet, crop_file, draw_shapes, eval_batches, load_data, read_image, to_tensor
+from data import (
+    DATA_NAMES,
+    DataSet,
+    FolderSet,
+    crop_file,
+    draw_shapes,
+    eval_batches,
+    load_data,
+    read_image,
+    to_tensor,
+)
 from distill import REGNETY, create_teacher, label_loss
-from launch import UserError, all_gather, all_reduce, autocast, print0, printable, world_size
+from launch import UserError, all_gather, all_reduce, autocast, print0, printable, rank, world_size
 from model import DeiT, fuse
 from settings import COUNT, DEVICES, PIXELS, Parser, Settings, check_sizes, complete, from_saved
 from train import HEADS, accuracy_line, build_network, build_optimizer, predictions
@@ -112,16 +122,20 @@ def open_val(network: nn.Module, s: Settings, arguments: Namespace) -> tuple[Dat
 def ranking(network: nn.Module, data: DataSet, s: Settings, device: torch.device) -> Tensor:
     """Each head's first classes for every image: int64 (n, heads, min(5, C)), in the data's order.
 
-    The same on every process. Of equal scores the class of lower index is first, as with argmax.
+    The same on every process. Of equal scores the class of lower index is first, as with argmax. Images that
+    cannot be read, and were left out, have -1.
     """
     chunks = []
     for _, scores in predictions(network, data, s, device):
         orders = [head.argsort(dim=1, descending=True, stable=True)[:, :5] for head in scores]
         chunks.append(torch.stack(orders, dim=1).cpu())
-    shares = [torch.cat(own) for own in all_gather(chunks) if own]  # there may be more processes than images
-    first = torch.zeros(len(data), *shares[0].shape[1:], dtype=torch.long)
-    for number, share in enumerate(shares):
-        first[number :: world_size()] = share
+    own = range(rank(), len(data), world_size())
+    if isinstance(data, FolderSet):
+        own = [index for index in own if data.paths[index] not in data.broken]
+    shares = [(own, torch.cat(parts)) for own, parts in all_gather((list(own), chunks)) if parts]
+    first = torch.full((len(data), *shares[0][1].shape[1:]), -1)
+    for indices, share in shares:
+        first[indices] = share
     return first
 
 
@@ -161,8 +175,11 @@ def accuracy(arguments: Namespace) -> None:
         data, labels, called = open_val(network, s, arguments)
         real = real_labels(arguments.real, called) if arguments.real else []
         first = ranking(network, data, s, arguments.device)
+        seen = first[:, 0, 0] >= 0
+        real = [own for own, kept in zip(real, seen.tolist(), strict=False) if kept]
+        first, labels = first[seen], labels[seen]
         hits = first == labels[:, None, None]
-        print0(f"{source}: {len(data)} images of {called}")
+        print0(f"{source}: {len(labels)} images of {called}")
         print0(f"  top-1  {accuracy_line(percent(hits[:, :, 0]))}")
         if network.num_classes > 5:
             print0(f"  top-5  {accuracy_line(percent(hits.any(dim=2)))}")
@@ -211,10 +228,12 @@ def compare(arguments: Namespace) -> None:
         first = ranking(network, data, s, arguments.device)[:, :, 0]
         decisions += [*([] if decisions else [labels]), *first.unbind(1)]
         rows += [f"{name} {head}" if first.shape[1] > 1 else name for head in HEADS[: first.shape[1]]]
+    decisions = torch.stack(decisions)
+    decisions = decisions[:, (decisions >= 0).all(dim=0)]  # of images that can be read
     width = max(map(len, rows)) + 3
-    print0(f"percent of the {len(data)} images of {called} that are classified differently")
+    print0(f"percent of the {decisions.shape[1]} images of {called} that are classified differently")
     print0(" " * width + "".join(f"{number:>6}" for number in range(len(rows))))
-    for number, (row, values) in enumerate(zip(rows, disagreement(torch.stack(decisions)), strict=True)):
+    for number, (row, values) in enumerate(zip(rows, disagreement(decisions), strict=True)):
         cells = "".join(f"{100 * value:6.1f}" for value in values.tolist())
         print0(f"{f'{number} {printable(row)}':{width}}{cells}")
 

@@ -1530,16 +1530,20 @@ def test_of_equal_scores_the_class_of_lower_index_comes_first(monkeypatch):
     assert first[:, 0].tolist() == [[1, 2, 0, 3, 4], [0, 1, 2, 3, 4], [0, 1, 2, 3, 4]]
 
 
-def test_evaluate_repeats_the_accuracy_that_training_ended_with(tmp_path, monkeypatch, capsys):
-    write_folder(tmp_path / "data", [(20, 20)])
+@pytest.mark.parametrize("sizes", [[(20, 20)], [(20, 30), (30, 20)]], ids=["held", "streamed"])
+def test_evaluate_repeats_the_accuracy_that_training_ended_with(tmp_path, monkeypatch, capsys, sizes):
+    write_folder(tmp_path / "data", sizes)
     (tmp_path / "data/val/bee/3.png").write_bytes(b"no picture")
-    words = QUICK | {"data": "folder", "data_path": tmp_path / "data", "limit": 10, "batch_size": 4}
-    words |= {"distill": "label", "skip_broken": True, "out": tmp_path / "run"}
+    words = QUICK | {"data": "folder", "data_path": tmp_path / "data", "limit": 11, "batch_size": 4}
+    words |= {"distill": "label", "skip_broken": True, "workers": 0, "out": tmp_path / "run"}
     assert run_train(monkeypatch, *flags(words)) == 0
     ended = checkpoint.read_log(tmp_path / "run")[-1]["accuracy"]
     capsys.readouterr()
-    assert run_evaluate(monkeypatch, "accuracy", tmp_path / "run/last.pth", "--device", "cpu") == 0
-    assert f"  top-1  {train.accuracy_line(ended)}" in capsys.readouterr().out.splitlines()
+    for word in ("accuracy", "compare"):
+        assert run_evaluate(monkeypatch, word, tmp_path / "run/last.pth", "--device", "cpu") == 0
+    told = capsys.readouterr().out
+    assert f"  top-1  {train.accuracy_line(ended)}\n" in told
+    assert told.count(f"{10 if len(sizes) > 1 else 11} images of") == 2
 
 
 def test_imagenet_real_takes_any_of_an_images_labels_and_skips_images_without(insects, monkeypatch, capsys):
@@ -1993,7 +1997,7 @@ def test_inaturalist_is_split_by_the_competitions_lists(tmp_path, year):
     for name in sum(files.values(), []):
         write_picture(tmp_path / year / name)  # torchvision renames train_val2018 so
     for split, names in files.items():
-        with pytest.raises(UserError, match=f"there is no .*/{split}{year}.json .*; README.md tells how"):
+        with pytest.raises(UserError, match=f"there is no .*{split}{year}.json .*; docs/finetune.md tells"):
             load(f"inat{year}", tmp_path, 8)
         images = [{"id": n, "file_name": f"train_val{year}/{name}"} for n, name in enumerate(names)]
         (tmp_path / f"{split}{year}.json").write_text(json.dumps({"images": images}))

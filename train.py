@@ -85,7 +85,10 @@ def build_optimizer(network: nn.Module, s: Settings) -> torch.optim.Optimizer:
 
 
 def learning_rate(step: int, steps: int, warmup: int, s: Settings) -> float:
-    """A cosine from the peak at step 0 to min_lr at step `steps`; linear warm-up replaces its first steps."""
+    """A cosine from the peak at step 0 to min_lr at step `steps`; linear warm-up replaces its first steps.
+
+    So the warm-up ends a little above the cosine that takes over, as in the authors' code.
+    """
     peak = s.lr * s.batch_size / 512
     if step < warmup:
         return s.warmup_lr + (peak - s.warmup_lr) * step / warmup
@@ -170,7 +173,7 @@ def train(
     if s.resume and holds_run(s.out):
         run.resume()
     check_equal("step to go on from", run.step)
-    start_run(s)
+    start_run(s)  # a second time, now with the teacher's weights among the settings
 
     model = torch.compile(network) if s.compile else network
     if world_size() > 1:
