@@ -149,7 +149,7 @@ def published_settings(name: str) -> dict:
     chosen = torchvision.models.get_model_weights(name).DEFAULT.transforms.keywords
     if chosen.get("mean", (0.485, 0.456, 0.406)) != (0.485, 0.456, 0.406):
         raise UserError(f"the weights in {url} were trained on images that were normalized differently")
-    known = {"data": "imagenet", "num_classes": 1000, "classes": None}
+    known = {"data": "imagenet", "data_path": "data", "num_classes": 1000, "classes": None}
     return known | {"model": name, "img_size": chosen["crop_size"]}
 
 

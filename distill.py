@@ -21,6 +21,7 @@ from checkpoint import (
     checkpoint_settings,
     checkpoint_weights,
     num_blocks,
+    published_settings,
     published_url,
     read_checkpoint,
     torchvision_layout,
@@ -167,6 +168,25 @@ def create_teacher(
         teacher.float()
     teacher.img_size, teacher.classes = img_size, saved.get("classes")
     return teacher.eval().requires_grad_(False)
+
+
+def load_network(source: str) -> tuple[nn.Module, dict]:
+    """A trained network, frozen and in evaluation mode, and the settings that it was trained with.
+
+    `source` is a checkpoint of ours or the authors' (a file, a URL, a short name), or the name of a
+    torchvision classifier, with its published weights. The network has `img_size`, `num_classes` and
+    `classes`, their names or None. Raises UserError for anything else.
+    """
+    if source in (*REGNETY, *torchvision.models.list_models(torchvision.models)):
+        saved, weights = published_settings(source), "published"
+    else:
+        saved, weights = checkpoint_settings(read_checkpoint(source)), source
+    if not saved.get("model") or "num_classes" not in saved:
+        raise UserError(f"{source} does not say what it is; name a checkpoint of train.py or an official one")
+    sizes = {name: saved[name] for name in ("img_size", "patch_size") if name in saved}
+    network = create_teacher(saved["model"], saved["num_classes"], weights, **sizes)
+    network.num_classes = saved["num_classes"]
+    return network, saved
 
 
 @torch.no_grad()

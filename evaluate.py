@@ -50,7 +50,7 @@ from data import (
     read_image,
     to_tensor,
 )
-from distill import REGNETY, create_teacher, label_loss
+from distill import label_loss, load_network
 from launch import UserError, all_gather, all_reduce, autocast, print0, printable, rank, world_size
 from model import DeiT, fuse
 from settings import COUNT, DEVICES, PIXELS, Parser, Settings, check_sizes, complete, from_saved
@@ -64,17 +64,11 @@ def open_network(source: str, arguments: Namespace) -> tuple[nn.Module, Settings
 
     `source` is what this file's head calls CKPT; what it does not tell of its settings is the paper's.
     """
-    if source in (*REGNETY, *torchvision.models.list_models(torchvision.models)):
-        saved, weights = checkpoint.published_settings(source), "published"
-    else:
-        saved, weights = checkpoint.checkpoint_settings(checkpoint.read_checkpoint(source)), source
-    if not saved.keys() >= {"model", "num_classes"}:
-        raise UserError(f"{source} does not say what it is; name a checkpoint of train.py or an official one")
+    network, saved = load_network(source)
+    network.source = source
     s = from_saved(saved, workers=-1, precision=getattr(arguments, "precision", "auto"))
-    sizes = dict(img_size=s.img_size, patch_size=s.patch_size)
-    network = create_teacher(s.model, saved["num_classes"], weights, **sizes).to(arguments.device)
-    network.source, network.num_classes, s.img_size = source, saved["num_classes"], network.img_size
-    return network, s
+    s.img_size = network.img_size
+    return network.to(arguments.device), s
 
 
 def class_names(network: nn.Module) -> list[str]:

@@ -25,7 +25,7 @@ from torch import Tensor, nn
 
 from checkpoint import OFFICIAL, check_class_order, checkpoint_settings, holds_run, read_checkpoint
 from data import load_data
-from distill import LOSSES, create_teacher
+from distill import LOSSES, load_network
 from launch import UserError, init, print0, run_program, user_errors
 from model import SIZES, DeiT, check_fit, load_weights
 from settings import PAPER, Parser, Settings, build_parser, complete, saved_run, setting
@@ -105,6 +105,7 @@ def same_data(given: dict, saved: dict) -> bool:
 
 def finetune_settings(given: dict, saved: dict) -> FinetuneSettings:
     """The flags given, over the recipe, over what `checkpoint_settings` says of the run it starts from."""
+    saved = PAPER | saved
     data, same = given.get("data", saved["data"]), same_data(given, saved)
     path = given.get("data_path", (saved if data == saved["data"] else PAPER)["data_path"])
     word = given.get("recipe", "paper" if same and data == "imagenet" else "short")
@@ -118,7 +119,6 @@ def finetune_settings(given: dict, saved: dict) -> FinetuneSettings:
     if "epochs" in given:  # the recipe's warm-up is for its own epochs
         recipe = {name: value for name, value in recipe.items() if name != "warmup_epochs"}
 
-    saved = PAPER | saved
     start = {name: saved[name] for name in KEPT + (KEPT_ON_SAME_DATA if same else ())}
     start |= {"checkpoint": given["checkpoint"], "recipe": word, "img_size": saved["img_size"]}
     if same:
@@ -173,8 +173,8 @@ def adapt(state: dict[str, Tensor], network: nn.Module, keep_heads: bool) -> lis
 
 def start_from(s: FinetuneSettings, network: nn.Module, data: DataSets, device: torch.device) -> None:
     """Gives a network the weights of s.checkpoint, and shows the accuracy before and after."""
-    saved, classes = checkpoint_settings(read_checkpoint(s.checkpoint)), data[0].classes
-    original = create_teacher(saved["model"], saved["num_classes"], s.checkpoint).to(device)
+    (original, saved), classes = load_network(s.checkpoint), data[0].classes
+    original = original.to(device)
     same, keep_heads = same_data(asdict(s), saved), classes == saved["classes"]
     if saved["classes"] is None:  # the authors' files do not name them, but ImageNet's have one order
         keep_heads = same and len(classes) == saved["num_classes"]
@@ -201,10 +201,7 @@ def main() -> None:
     device = init(s.device if s else given.get("device", "auto"))
     if s is None:
         given["checkpoint"] = given.get("checkpoint") or last_run()
-        saved = checkpoint_settings(read_checkpoint(given["checkpoint"]))
-        if not saved.get("model") or "num_classes" not in saved:
-            raise UserError(f"{given['checkpoint']} does not hold a network that was trained here")
-        s = finetune_settings(given, saved)
+        s = finetune_settings(given, load_network(given["checkpoint"])[1])
         s = saved_run(given, s.out, FinetuneSettings) or s
     data = begin(s, device)
     teacher = None

@@ -1431,6 +1431,25 @@ def test_an_official_file_transfers_to_a_folder_of_pictures(tmp_path, monkeypatc
     assert found == [["ant", "bee"], 48, distill, "tiny", 16]
 
 
+def test_a_published_convnet_learns_own_classes_and_then_teaches_them(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    write_folder(tmp_path / "data", [(50, 40), (30, 60)])
+    torch.save(distill.create_convnet("resnet18", 1000, 224).state_dict(), "published.pth")
+    monkeypatch.setattr("checkpoint.download", lambda url: Path("published.pth"))
+    words = {
+        "data": "folder",
+        "data_path": "data",
+        "epochs": 1,
+        "batch_size": 4,
+        "workers": 0,
+        "img_size": 32,
+    }
+    assert run_finetune(monkeypatch, *flags(words | {"checkpoint": "resnet18", "out": "teacher"})) == 0
+    assert "resnet18: new heads for 2 classes" in capsys.readouterr().out
+    words |= {"distill": "hard", "teacher": "resnet18", "teacher_weights": "teacher/last.pth", "depth": 2}
+    assert run_train(monkeypatch, *flags(words | {"out": "student"})) == 0
+
+
 def test_imagenets_own_weights_keep_their_heads(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     write_folder(tmp_path / "data", [(50, 40), (30, 60)])
@@ -2563,7 +2582,7 @@ def test_mistakes_end_with_one_line_and_exit_code_2(tmp_path, monkeypatch, capsy
     ("words", "message"),
     [
         ("--checkpoint none.pth", "there is no file none.pth"),
-        ("--checkpoint plain.pth", "does not hold a network that was trained here"),
+        ("--checkpoint plain.pth", "plain.pth does not say what it is"),
         ("--model small", "run/last.pth has --model tiny, not small; fine-tuning keeps it"),
         ("--patch-size 4", "run/last.pth has --patch-size 8, not 4; fine-tuning keeps it"),
         ("--depth 4", "run/last.pth has --depth 2, not 4; fine-tuning keeps it"),
