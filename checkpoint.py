@@ -59,14 +59,15 @@ def download(url: str) -> Path:
 
 
 def read_checkpoint(source: str | Path) -> dict:
-    """The contents, on the CPU, of a checkpoint: a file, a URL, a name in OFFICIAL. No code in it is run.
+    """The contents, on the CPU, of a checkpoint: a file, a run's folder, a URL, a name in OFFICIAL.
 
-    A URL is downloaded once; a file name that ends in -HASH.pth has its SHA-256 checked against it. Raises
-    UserError if there is no such file or it is not a checkpoint.
+    No code in it is run. A URL is downloaded once; a file name that ends in -HASH.pth has its SHA-256 checked
+    against it. Raises UserError if there is no such file or it is not a checkpoint.
     """
     source = OFFICIAL.get(str(source), source)
     try:
-        path = download(source) if is_url(source) else source
+        path = download(source) if is_url(source) else Path(source)
+        path = path / "last.pth" if path.is_dir() else path
         if zipfile.is_zipfile(path):
             with zipfile.ZipFile(path) as members:
                 if any(member.compress_type for member in members.infolist()):
@@ -78,9 +79,7 @@ def read_checkpoint(source: str | Path) -> dict:
             if not all(isinstance(value, Tensor) for value in (state or {}).values()):
                 raise UserError("its parts are not named weights")
     except FileNotFoundError:
-        raise UserError(f"there is no file {source}") from None
-    except IsADirectoryError:
-        raise UserError(f"{source} is a folder; name a checkpoint in it: {source}/last.pth") from None
+        raise UserError(f"there is no file {path}") from None
     except urllib.error.URLError as error:
         reason = getattr(error, "reason", error)
         raise UserError(f"could not download {source}: {reason}; check the address and the network") from None

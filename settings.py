@@ -252,7 +252,7 @@ def check(s: Settings) -> None:
     source = s.teacher_weights
     if source == "published" and loss.teacher and s.teacher not in SIZES:
         published_settings(s.teacher)
-    elif source not in ("", "published") and not is_url(source) and not os.path.isfile(source):
+    elif source not in ("", "published") and not is_url(source) and not os.path.exists(source):
         raise UserError(f"there is no file {source}; --teacher-weights takes a checkpoint's path or URL")
     for name in (s.model, s.teacher):
         check_name(name)

@@ -1498,7 +1498,7 @@ def save_network(path, classes, distilled=True):
     model = build_network(s, len(classes)).eval()
     for head in (model.head, model.head_dist) if distilled else (model.head,):
         head.weight.data.normal_()
-    path.parent.mkdir(exist_ok=True)
+    path.parent.mkdir(exist_ok=True, parents=True)
     torch.save({"model": model.state_dict(), "settings": vars(s) | {"classes": classes}}, path)
     return model
 
@@ -1558,8 +1558,8 @@ def test_evaluate_repeats_the_accuracy_that_training_ended_with(tmp_path, monkey
     assert run_train(monkeypatch, *flags(words)) == 0
     ended = checkpoint.read_log(tmp_path / "run")[-1]["accuracy"]
     capsys.readouterr()
-    for word in ("accuracy", "compare"):
-        assert run_evaluate(monkeypatch, word, tmp_path / "run/last.pth", "--device", "cpu") == 0
+    for word, run in (("accuracy", "run"), ("compare", "run/last.pth")):  # a run's folder is its checkpoint
+        assert run_evaluate(monkeypatch, word, tmp_path / run, "--device", "cpu") == 0
     told = capsys.readouterr().out
     assert f"  top-1  {train.accuracy_line(ended)}\n" in told
     assert told.count(f"{10 if len(sizes) > 1 else 11} images of") == 2
@@ -2958,6 +2958,16 @@ def test_every_flag_file_name_and_test_on_the_pages_exists():
         # `name` in [file.py](file.py), or file.py: ... `name`
         for name, path in re.findall(r"`([\w.]+)` in \[(\w+\.py)\]", text):
             assert re.search(rf"(def|class) {name}\b|^{name}\b", sources[Path(path)], re.MULTILINE), name
+
+
+def test_the_readmes_way_from_a_run_to_python_works_as_printed(tmp_path, monkeypatch):
+    (block,) = re.findall(r"```py\n(.*?)```", Path("README.md").read_text(), re.DOTALL)
+    monkeypatch.chdir(tmp_path)
+    model, names = save_network(tmp_path / "runs/pets/last.pth", ["cat", "dog"]), {}
+    Image.new("RGB", (30, 20), (10, 200, 30)).save("PHOTO.jpg")
+    exec(block, names)
+    expected = fuse(model(inputs_of("PHOTO.jpg")))[0]
+    assert names["probabilities"] == pytest.approx({"cat": expected[0].item(), "dog": expected[1].item()})
 
 
 def test_the_python_on_the_pages_is_the_code_itself():
