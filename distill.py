@@ -17,15 +17,7 @@ import torchvision
 from torch import Tensor, nn
 from torchvision.models.regnet import BlockParams, RegNet
 
-from checkpoint import (
-    checkpoint_settings,
-    checkpoint_weights,
-    num_blocks,
-    published_settings,
-    published_url,
-    read_checkpoint,
-    torchvision_layout,
-)
+import checkpoint
 from launch import UserError, did_you_mean, user_errors
 from model import SIZES, check_fit, create_model, upcast
 
@@ -145,20 +137,20 @@ def create_teacher(
     misfits.
     """
     check_name(name)
-    source = published_url(name) if weights == "published" else weights
-    contents = read_checkpoint(source) if source else {}
-    saved, state = checkpoint_settings(contents), checkpoint_weights(contents)
+    source = checkpoint.published_url(name) if weights == "published" else weights
+    contents = checkpoint.read_checkpoint(source) if source else {}
+    saved, state = checkpoint.checkpoint_settings(contents), checkpoint.checkpoint_weights(contents)
     if saved.get("model") not in (None, name):
         raise UserError(f"{weights} holds a {saved['model']}, not a {name}")
     img_size, patch_size = saved.get("img_size", img_size), saved.get("patch_size", patch_size)
     if name in SIZES:
         sizes = dict(num_classes=num_classes, img_size=img_size, patch_size=patch_size)
-        more = dict(distilled="dist_token" in state, depth=num_blocks(state) or 12)
+        more = dict(distilled="dist_token" in state, depth=checkpoint.num_blocks(state) or 12)
         with user_errors(), torch.device("meta" if source else "cpu"):  # no memory before it is seen to fit
             teacher = create_model(name, **sizes, **more)
     else:
         teacher = create_convnet(name, num_classes, img_size)
-        state = torchvision_layout(state)
+        state = checkpoint.torchvision_layout(state)
     if source:
         with user_errors():
             check_fit(
@@ -178,9 +170,9 @@ def load_network(source: str) -> tuple[nn.Module, dict]:
     `classes`, their names or None. Raises UserError for anything else.
     """
     if source in (*REGNETY, *torchvision.models.list_models(torchvision.models)):
-        saved, weights = published_settings(source), "published"
+        saved, weights = checkpoint.published_settings(source), "published"
     else:
-        saved, weights = checkpoint_settings(read_checkpoint(source)), source
+        saved, weights = checkpoint.checkpoint_settings(checkpoint.read_checkpoint(source)), source
     if not saved.get("model") or "num_classes" not in saved:
         raise UserError(f"{source} does not say what it is; name a checkpoint of train.py or an official one")
     sizes = {name: saved[name] for name in ("img_size", "patch_size") if name in saved}

@@ -2144,7 +2144,7 @@ def test_students_started_at_once_do_not_disturb_each_others_teacher(tmp_path, m
 
 
 def log_turn(path):
-    train.init("cpu")
+    launch.init("cpu")
 
     def act():
         time.sleep(0.2 * (1 - launch.rank()))

@@ -24,26 +24,12 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
+import launch
 from augment import Augment, keyed_generator, normalize
 from checkpoint import Run, check_class_order, holds_run, read_log
 from data import ArraySet, FolderSet, eval_batches, load_data, steps_per_epoch, train_batches
 from distill import LOSSES, create_convnet, create_teacher, predict
-from launch import (
-    Progress,
-    StopSignals,
-    UserError,
-    all_gather,
-    all_reduce,
-    autocast,
-    check_equal,
-    compute_dtype,
-    end_program,
-    init,
-    print0,
-    rank,
-    run_program,
-    world_size,
-)
+from launch import Progress, StopSignals, UserError, all_gather, all_reduce, autocast, print0, rank
 from model import SIZES, create_model, fuse
 from settings import INCIDENTAL, Settings, build_parser, check, complete, describe, saved_run, start_run
 
@@ -124,7 +110,7 @@ def evaluate(
 
     Every image counts once, on any number of processes.
     """
-    if world_size() > 1:
+    if launch.world_size() > 1:
         for buffer in network.buffers():  # BatchNorm's statistics differ by process: those of rank 0 count
             dist.broadcast(buffer, 0)
     heads = HEADS if getattr(network, "distilled", False) else HEADS[:1]
@@ -167,16 +153,16 @@ def train(
         ema = AveragedModel(network, multi_avg_fn=get_ema_multi_avg_fn(s.ema), use_buffers=True)
         ema.n_averaged += 1  # the average starts from the initial weights
     optimizer = build_optimizer(network, s)
-    fp16 = compute_dtype(s.precision, device) == torch.float16
+    fp16 = launch.compute_dtype(s.precision, device) == torch.float16
     scaler = torch.amp.GradScaler(device.type, enabled=fp16)
     run = Run(network, optimizer, scaler, ema, asdict(s) | {"classes": train_set.classes}, per_epoch)
     if s.resume and holds_run(s.out):
         run.resume()
-    check_equal("step to go on from", run.step)
+    launch.check_equal("step to go on from", run.step)
     start_run(s)  # a second time, now with the teacher's weights among the settings
 
     model = torch.compile(network) if s.compile else network
-    if world_size() > 1:
+    if launch.world_size() > 1:
         device_ids = [device.index] if device.type == "cuda" else None
         model = DistributedDataParallel(model, device_ids=device_ids, gradient_as_bucket_view=True)
     batches = train_batches(train_set, s, run.step, device)
@@ -196,7 +182,7 @@ def train(
                 images, labels = next(batches)  # uint8 (B, 3, S, S), int64 (B,)
                 inputs, targets = augment(images, labels, keyed_generator("augment", *key))
                 torch.manual_seed(keyed_generator("model", *key).initial_seed())  # dropout, stochastic depth
-                if world_size() > 1:  # gradients are averaged over the processes after the last part
+                if launch.world_size() > 1:  # gradients are averaged over the processes after the last part
                     model.require_backward_grad_sync = part == s.accumulate - 1
                 with autocast(s.precision, device):
                     # The teacher sees exactly the inputs that the student sees.
@@ -228,10 +214,10 @@ def train(
                     f"stopped by {signal.Signals(stop).name} after step {run.step} of {steps}; all is saved"
                 )
                 text += "; go on with --resume and the same --out"
-                end_program(text if rank() == 0 else "", 128 + stop)
+                launch.end_program(text if rank() == 0 else "", 128 + stop)
 
         run.save()  # before the evaluation: whoever is killed in it evaluates again
-        loss = all_reduce(run.loss_sum.clone()).item() / world_size() / per_epoch
+        loss = all_reduce(run.loss_sum.clone()).item() / launch.world_size() / per_epoch
         accuracy = evaluate(ema.module if ema else network, val_set, s, device)
         best = top1(accuracy) > max((top1(record["accuracy"]) for record in run.log), default=-1)
         lr = learning_rate(run.step - 1, steps, warmup, s)
@@ -273,7 +259,7 @@ def train_teacher(s: Settings, data: DataSets, device: torch.device) -> str:
     print0(f"teacher: training a {t.model} first, {t.epochs} epochs; it is kept in {shared}")
     t.out, t.resume = str(own), True
     t.precision, t.device, t.workers, t.compile = s.precision, s.device, s.workers, s.compile
-    t.accumulate, parts = s.accumulate, world_size() * s.accumulate
+    t.accumulate, parts = s.accumulate, launch.world_size() * s.accumulate
     t.batch_size = max(1, min(t.batch_size, len(data[0])) // parts) * parts
     own.mkdir(parents=True, exist_ok=True)
     accuracy = train(build_network(t, len(data[0].classes)), t, data, device)
@@ -310,13 +296,13 @@ def begin(s: Settings, device: torch.device) -> DataSets:
     train_set, val_set = data
     files = [Path(path).name for part in data for path in getattr(part, "paths", [])]
     digest = hashlib.sha256(repr((train_set.classes, files)).encode()).hexdigest()[:8]
-    check_equal("data set", f"{len(train_set)} + {len(val_set)} images ({digest})")
+    launch.check_equal("data set", f"{len(train_set)} + {len(val_set)} images ({digest})")
     if LOSSES[s.distill].teacher and s.teacher_weights == "published":
         check_class_order("published", train_set.classes, 1000)
     steps = steps_per_epoch(train_set, s)
     print0(
         f"{s.data}: {len(train_set)} training and {len(val_set)} validation images, "
-        f"{len(train_set.classes)} classes; {device} × {world_size()}, torch {torch.__version__}"
+        f"{len(train_set.classes)} classes; {device} × {launch.world_size()}, torch {torch.__version__}"
     )
     describe(s)
     if steps < 10:
@@ -340,7 +326,7 @@ def main() -> None:
     given = vars(build_parser("train.py", __doc__.splitlines()[0]).parse_args())
     s = complete(given)
     s = saved_run(given, s.out) or s
-    device = init(s.device)
+    device = launch.init(s.device)
     data = begin(s, device)
     teacher = load_teacher(s, data, device) if LOSSES[s.distill].teacher else None
     network = build_network(s, len(data[0].classes))
@@ -349,4 +335,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    run_program(main)
+    launch.run_program(main)
