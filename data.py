@@ -239,14 +239,15 @@ HELD_BYTES = 2**30  # a set of equally large images that needs less than this is
 def open_folder(root: Path, split: str, skip_broken: bool = False) -> DataSet:
     """The images in ROOT/SPLIT/CLASS/*: held if they are all of one size and small together, else streamed.
 
-    The classes are those of ROOT/train, where none may be empty; another split may lack some.
+    The classes of `val` are those of ROOT/train, if there is one: `val` may lack some, in `train` none is empty.
     """
-    folder, train = root / split, root / "train"
+    folder = root / split
     if not folder.is_dir():
         raise UserError(f"there is no folder {folder}; --data-path must hold train/CLASS/*, val/CLASS/*")
     try:
         found = torchvision.datasets.ImageFolder(folder, allow_empty=True)
-        classes = torchvision.datasets.folder.find_classes(train if train.is_dir() else folder)[0]
+        of_train = split == "val" and (root / "train").is_dir()
+        classes = torchvision.datasets.folder.find_classes(root / "train" if of_train else folder)[0]
     except OSError as error:
         raise UserError(f"no images in class folders below {folder}: {error}") from error
     if odd := sorted(set(found.classes) - set(classes)):
@@ -254,7 +255,8 @@ def open_folder(root: Path, split: str, skip_broken: bool = False) -> DataSet:
     if not found.samples:
         raise UserError(f"there are no images in {folder}")
     paths = [path for path, _ in found.samples]
-    labels = [classes.index(found.classes[label]) for _, label in found.samples]
+    numbers = [classes.index(name) for name in found.classes]
+    labels = [numbers[label] for _, label in found.samples]
     if split == "train" and (empty := set(range(len(classes))) - set(labels)):
         raise UserError(f"there is no image in {folder / classes[min(empty)]}")
     streamed = FolderSet(paths, labels, classes, skip_broken)

@@ -1529,11 +1529,13 @@ def test_accuracy_is_the_share_of_right_images_on_one_process_and_on_two(insects
         order = scores.topk(5).indices == labels[:, None]
         told[0] += f"  {head} {100 * order[:, 0].float().mean():.2f} %"
         told[1] += f"  {head} {100 * order.any(1).float().mean():.2f} %"
-    words = ["accuracy", path / "net.pth", "--val", path / "images/val", "--per-class", "--device", "cpu"]
+    (path / "images/train/elk").mkdir(parents=True)  # what lies beside the folder has no say
+    (path / "images/val").rename(path / "images/shots")
+    words = ["accuracy", path / "net.pth", "--val", path / "images/shots", "--per-class", "--device", "cpu"]
     assert run_evaluate(monkeypatch, *words) == 0
     alone = capsys.readouterr().out
     lines = alone.splitlines()
-    assert lines[0].endswith(f"net.pth: 11 images of {path}/images/val")
+    assert lines[0].endswith(f"net.pth: 11 images of {path}/images/shots")
     assert lines[1:3] == [f"  top-1{told[0]}", f"  top-5{told[1]}"]
     right = (heads["fused"].argmax(1) == labels)[labels == 3].double().mean()
     assert [line.split()[0::4] for line in lines[4:]] == [["6", "ant"], ["5", "bee"]]
