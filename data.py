@@ -239,7 +239,7 @@ HELD_BYTES = 2**30  # a set of equally large images that needs less than this is
 def open_folder(root: Path, split: str, skip_broken: bool = False) -> DataSet:
     """The images in ROOT/SPLIT/CLASS/*: held if they are all of one size and small together, else streamed.
 
-    The classes of `val` are those of ROOT/train, if there is one: `val` may lack some, in `train` none is empty.
+    The classes of `val` are those of ROOT/train, if there is one; it may lack some. In `train` none is empty.
     """
     folder = root / split
     if not folder.is_dir():
