@@ -5,6 +5,7 @@ finite differences, a second way of computing. `python -m pytest -q` takes minut
 """
 
 import contextlib
+import dataclasses
 import http.server
 import io
 import itertools
@@ -119,26 +120,28 @@ def fork(main, words, environment=(), told=os.devnull):
     return process
 
 
-def fork_many(main, words, told=os.devnull, world=2, machines=1):
-    """The same in several processes, as torchrun starts them. All end well; what the first one told."""
+def free_port():
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    local = world // machines
-    common = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": str(world)}
-    common["LOCAL_WORLD_SIZE"] = str(local)
+        return free.getsockname()[1]
+
+
+def fork_two(main, words, told=os.devnull):
+    """The same in two processes, as torchrun starts them. Both end well; what the first one told."""
+    environment = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+    environment |= {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
     started = []
-    for rank in range(world):
-        own = common | {"RANK": str(rank), "LOCAL_RANK": str(rank % local)}
-        started.append(fork(main, words, own, os.devnull if rank else told))
+    for rank in "01":
+        own = environment | {"RANK": rank, "LOCAL_RANK": rank}
+        started.append(fork(main, words, own, told if rank == "0" else os.devnull))
     for process in started:
         process.join(60)
-    assert [process.exitcode for process in started] == [0] * world
+    assert [process.exitcode for process in started] == [0, 0]
     return Path(told).read_text()
 
 
-def run_with(fault=None):
-    """`train.py` with a fault (what, when, signal): the signal comes at the when-th of all calls of what."""
+def run_with(fault=None, main=train.main):
+    """A program with a fault (what, when, signal): the signal comes at the when-th of all calls of what."""
     what, when, number = fault or (None, 0, 0)
     calls = Counter()
 
@@ -157,12 +160,12 @@ def run_with(fault=None):
     places |= {"evaluation": (train, "fuse"), "teacher": (train, "create_teacher"), "link": (os, "link")}
     if what:
         hurt(*places[what])
-    launch.run_program(train.main)
+    launch.run_program(main)
 
 
-def forked(words, fault=None):
-    """Runs train.py with that fault in a process of its own; its exit code."""
-    process = fork(partial(run_with, fault), words)
+def forked(words, fault=None, main=train.main):
+    """Runs a program with that fault in a process of its own; its exit code."""
+    process = fork(partial(run_with, fault, main), words)
     process.join(60)
     return process.exitcode
 
@@ -190,9 +193,9 @@ def equal(one, two):
 
 
 def same_run(one, two):
-    """Whether two runs ended with the same weights, average, optimizer and log, bit for bit."""
+    """Whether two runs ended with the same weights, average, optimizer, scaler and log, bit for bit."""
     first, second = saved(one), saved(two)
-    assert first["progress"] == second["progress"]
+    assert (first["progress"], first["scaler"]) == (second["progress"], second["scaler"])
     assert (Path(one) / "log.jsonl").read_bytes() == (Path(two) / "log.jsonl").read_bytes()
     assert equal(first["model"], second["model"]) and equal(first["ema"] or {}, second["ema"] or {})
     moments = [contents["optimizer"]["state"] for contents in (first, second)]
@@ -1343,7 +1346,7 @@ def test_accuracy_is_the_share_of_right_images_on_one_process_and_on_two(insects
     right = (heads["fused"].argmax(1) == labels)[labels == 3].double().mean()
     assert [line.split()[0::4] for line in lines[4:]] == [["6", "ant"], ["5", "bee"]]
     assert lines[5].split()[3] == f"{100 * right:.2f}"
-    assert fork_many(partial(launch.run_program, measure.main), words, path / "told") == alone
+    assert fork_two(partial(launch.run_program, measure.main), words, path / "told") == alone
 
 
 def test_of_equal_scores_the_class_of_lower_index_comes_first(monkeypatch):
@@ -1558,7 +1561,7 @@ def recorded():
 def test_two_processes_follow_one_and_end_with_identical_weights(tmp_path):
     words = flags(QUICK | PLAIN)
     fork(recorded, [*words, "--out", tmp_path / "one"]).join()
-    fork_many(recorded, [*words, "--out", tmp_path / "two"])
+    fork_two(recorded, [*words, "--out", tmp_path / "two"])
     files = ("one/rank0.json", "two/rank0.json", "two/rank1.json")
     one, first, second = (json.loads((tmp_path / name).read_text()) for name in files)
     assert len(one["losses"]) == 9
@@ -1569,7 +1572,7 @@ def test_two_processes_follow_one_and_end_with_identical_weights(tmp_path):
 
 
 def test_two_processes_keep_one_set_of_batchnorm_statistics(tmp_path):
-    fork_many(recorded, flags(QUICK | {"model": "regnet_y_200mf", "epochs": 1, "out": tmp_path / "run"}))
+    fork_two(recorded, flags(QUICK | {"model": "regnet_y_200mf", "epochs": 1, "out": tmp_path / "run"}))
     first, second = (json.loads((tmp_path / f"run/rank{rank}.json").read_text()) for rank in (0, 1))
     assert any("running_var" in key for key in first["digest"])
     assert first == second
@@ -1642,7 +1645,7 @@ def log_turn(path):
 
 
 def test_downloads_come_to_the_first_process_first(tmp_path):
-    fork_many(partial(log_turn, tmp_path / "order"), [])
+    fork_two(partial(log_turn, tmp_path / "order"), [])
     assert (tmp_path / "order").read_text() == "01"
 
 
@@ -1965,10 +1968,11 @@ def test_a_run_that_is_killed_again_and_again_ends_as_if_it_never_was(tmp_path, 
     assert same_run(unhurt, tmp_path / "run")
 
 
-def test_a_streamed_run_that_is_killed_resumes_bit_for_bit_too(tmp_path):
+@pytest.mark.parametrize("more", [{"data": "folder", "workers": 1}, {"precision": "fp16"}])
+def test_a_streamed_run_and_one_in_fp16_resume_bit_for_bit_too(tmp_path, more):
     write_folder(tmp_path / "data", [(30, 24), (20, 26)])
-    words = QUICK | {"data": "folder", "data_path": tmp_path / "data", "batch_size": 6, "epochs": 2}
-    words |= {"workers": 1, "optimizer": "sgd", "drop_path": 0.5, "save_every": 1}
+    words = QUICK | {"data_path": tmp_path / "data", "limit": 12, "batch_size": 6, "epochs": 2}
+    words |= {"optimizer": "sgd", "drop_path": 0.5, "save_every": 1} | more
     assert forked(flags(words | {"out": tmp_path / "whole"})) == 0
     assert forked(flags(words | {"out": tmp_path / "cut"}), ("step", 4, signal.SIGKILL)) == -signal.SIGKILL
     assert forked(flags({"out": tmp_path / "cut", "resume": True})) == 0
@@ -1989,47 +1993,22 @@ def test_a_streamed_run_stops_for_a_signal_to_all_its_processes(tmp_path):
     assert re.fullmatch(r"stopped by SIGTERM after step .*\n", error)
 
 
-def test_a_signal_is_answered_within_a_step_and_loses_nothing(tmp_path):
-    words = flags(QUICK | {"out": tmp_path / "run"})
-    assert forked(words, ("step", 5, signal.SIGTERM)) == 128 + signal.SIGTERM
-    assert saved(tmp_path / "run")["progress"]["step"] == 4
-
-
-def test_fp16_survives_a_kill_with_its_scaler(tmp_path):
-    words = flags(QUICK | {"precision": "fp16", "epochs": 2, "save_every": 1, "batch_size": 8})
-    for out, fault in (("whole", None), ("cut", ("step", 9, signal.SIGKILL))):
-        forked([*words, "--out", tmp_path / out], fault)
-    assert forked(["--out", tmp_path / "cut", "--resume"]) == 0
-    assert same_run(tmp_path / "whole", tmp_path / "cut")
-    scalers = [saved(tmp_path / name)["scaler"] for name in ("whole", "cut")]
-    assert scalers[0] == scalers[1] != {}
-
-
 def test_a_fine_tuning_that_is_killed_needs_nothing_but_its_directory(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     assert run_train(monkeypatch, *flags(QUICK | {"distill": "label", "out": "runs/first"})) == 0
-    words = {"img_size": 24, "epochs": 2, "batch_size": 16, "train": "head", "save_every": 1}
-
-    def tune(fault, *words):
-        process = fork(partial(tune_with, fault), [*flags({"device": "cpu"}), *words])
-        process.join(60)
-        return process.exitcode
-
-    assert tune(None, *flags(words | {"out": "whole"})) == 0
-    assert tune(("step", 1, signal.SIGKILL), *flags(words | {"out": "runs/tuned"})) == -signal.SIGKILL
-    assert tune(("step", 3, signal.SIGKILL), "--out", "runs/tuned", "--resume") == -signal.SIGKILL
-    assert run_train(monkeypatch, "--out", "runs/tuned", "--resume") == 2
-    assert "is a run of finetune.py; continue it with finetune.py --resume" in capsys.readouterr().err
+    words = {"img_size": 24, "epochs": 2, "batch_size": 16, "train": "head", "save_every": 1, "device": "cpu"}
+    again = ["--out", "runs/tuned", "--resume"]
+    assert forked(flags(words | {"out": "whole"}), None, finetune.main) == 0
+    started = flags(words | {"out": "runs/tuned"})
+    for step, command in ((1, started), (3, again)):
+        assert forked(command, ("step", step, signal.SIGKILL), finetune.main) == -signal.SIGKILL
+    assert run_train(monkeypatch, *again) == 2
+    assert "is a run of finetune.py; continue it with finetune.py --resume" in one_line(capsys)
     Path("runs/first").rename("elsewhere")  # the run has all that it needs
-    assert tune(None, "--out", "runs/tuned", "--resume") == 0
-    assert same_run(Path("whole"), Path("runs/tuned"))
-    assert run_finetune(monkeypatch, "--out", "runs/tuned", "--resume", "--train", "all") == 2
-    assert "has --train head, not all" in capsys.readouterr().err
-
-
-def tune_with(fault):
-    train.main = finetune.main
-    run_with(fault)
+    assert forked(again, None, finetune.main) == 0
+    assert same_run("whole", "runs/tuned")
+    assert run_finetune(monkeypatch, *again, "--train", "all") == 2
+    assert "has --train head, not all" in one_line(capsys)
 
 
 def test_resuming_keeps_every_setting_that_is_not_given_again(tmp_path, monkeypatch, capsys):
@@ -2049,51 +2028,32 @@ def test_resuming_keeps_every_setting_that_is_not_given_again(tmp_path, monkeypa
 
 def test_a_run_cut_off_in_its_teacher_goes_on_by_its_directory_alone(tmp_path, monkeypatch, capsys):
     words = QUICK | {"seed": 3, "epochs": 1, "distill": "hard", "teacher": "resnet18", "teacher_epochs": 2}
-    assert forked(flags(words | {"out": tmp_path / "a/whole"})) == 0
+    whole, cut = tmp_path / "a/whole", tmp_path / "b/cut"
+    assert forked(flags(words | {"out": whole})) == 0
     # two steps of the teacher, an epoch each
-    code = forked(flags(words | {"out": tmp_path / "b/cut"}), ("step", 2, signal.SIGKILL))
-    assert code == -signal.SIGKILL
-    again = ["--out", tmp_path / "b/cut", "--resume"]
-    assert run_finetune(monkeypatch, *again) == 2
-    assert "cut is a run of train.py; continue it with train.py --resume" in capsys.readouterr().err
-    assert run_train(monkeypatch, *again) == 0
+    assert forked(flags(words | {"out": cut}), ("step", 2, signal.SIGKILL)) == -signal.SIGKILL
+    assert run_finetune(monkeypatch, "--out", cut, "--resume") == 2
+    assert "cut is a run of train.py; continue it with train.py --resume" in one_line(capsys)
+    assert run_train(monkeypatch, "--out", cut, "--resume") == 0
     assert re.search(r"resuming \S+/teacher-\S+ after step 1", capsys.readouterr().out)
-    assert equal(saved(tmp_path / "a/whole")["model"], saved(tmp_path / "b/cut")["model"])
-
-
-def test_a_file_is_whole_or_the_one_before(tmp_path):
-    path = tmp_path / "file"
-    checkpoint.atomic_save(path, lambda file: file.write(b"first"))
-
-    def fail(file):
-        file.write(b"half")
-        raise OSError(28, "No space left on device")
-
-    with pytest.raises(launch.UserError, match="No space left on device; what was saved before is intact"):
-        checkpoint.atomic_save(path, fail)
-    assert path.read_bytes() == b"first" and list(tmp_path.iterdir()) == [path]
-    checkpoint.atomic_save(path, lambda file: file.write(b"second"), tmp_path / "previous")
-    assert (path.read_bytes(), (tmp_path / "previous").read_bytes()) == (b"second", b"first")
+    assert equal(saved(whole)["model"], saved(cut)["model"])
 
 
 def test_the_older_checkpoint_serves_when_the_last_is_damaged(tmp_path, unhurt, capsys):
-    shutil.copytree(unhurt, tmp_path / "run")
-    last, rng = tmp_path / "run/last.pth", np.random.default_rng(0)
-    whole = last.read_bytes()
-    flipped = bytearray(whole)
-    flipped[len(whole) // 2] ^= 1 << rng.integers(8)
-    for damage in (b"", whole[:1000], whole[:-1], flipped):
-        last.write_bytes(damage)
-        assert checkpoint.latest_checkpoint(tmp_path / "run")["progress"]["step"] == 8
+    run = shutil.copytree(unhurt, tmp_path / "run")
+    whole = (run / "last.pth").read_bytes()
+    for damage in (b"", whole[:-1]):
+        (run / "last.pth").write_bytes(damage)
+        assert checkpoint.latest_checkpoint(run)["progress"]["step"] == 8
         told = capsys.readouterr().out
         assert "last.pth is not a checkpoint" in told and told.count("\n") == 1
-        assert told.endswith(f"continuing from {tmp_path}/run/previous.pth\n")
-    assert forked(["--out", tmp_path / "run", "--resume"]) == 0
-    assert same_run(unhurt, tmp_path / "run")
-    for path in (tmp_path / "run").glob("*.pth"):
+        assert told.endswith(f"continuing from {run}/previous.pth\n")
+    assert forked(["--out", run, "--resume"]) == 0
+    assert same_run(unhurt, run)
+    for path in run.glob("*.pth"):
         path.write_bytes(b"")
-    with pytest.raises(launch.UserError, match=r"previous\.pth is not a checkpoint"):
-        checkpoint.latest_checkpoint(tmp_path / "run")
+    with pytest.raises(UserError, match=r"previous\.pth is not a checkpoint"):
+        checkpoint.latest_checkpoint(run)
 
 
 def test_the_best_checkpoint_is_the_epochs_with_the_highest_fused_accuracy(tmp_path, monkeypatch):
@@ -2120,35 +2080,47 @@ launch.run_program(train.main)
 """
 
 
-def test_two_processes_survive_a_kill_and_torchrun_restarts_them(tmp_path):
+@pytest.mark.parametrize("nodes", [1, 2])
+def test_two_processes_survive_a_kill_and_torchrun_restarts_them(tmp_path, nodes):
     words = flags(QUICK | {"save_every": 1, "epochs": 2, "ema": 0.9, "drop_path": 0.1})
-    fork_many(run_with, ["--out", tmp_path / "whole", *words])
+    fork_two(run_with, ["--out", tmp_path / "whole", *words])
     (tmp_path / "driver.py").write_text(DRIVER)
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--max-restarts=1"]
-    command = [*launcher, tmp_path / "driver.py", "--out", tmp_path / "cut", *words, "--resume"]
-    environment = os.environ | {"PYTHONPATH": os.getcwd(), "OMP_NUM_THREADS": "1"}
-    environment |= {"TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
-    subprocess.run(command, env=environment, check=True, capture_output=True, timeout=120)
+    launcher = [sys.executable, "-m", "torch.distributed.run", f"--nnodes={nodes}", "--max-restarts=2"]
+    launcher += [f"--nproc_per_node={2 // nodes}", "--rdzv_backend=c10d"]
+    launcher += [f"--rdzv_endpoint=127.0.0.1:{free_port()}", tmp_path / "driver.py"]
+    environment = {"PYTHONPATH": os.getcwd(), "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
+    environment = os.environ | environment | {"TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
+    options = dict(env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    command = [*launcher, "--out", tmp_path / "cut", *words, "--resume"]
+    agents = [subprocess.Popen(command, **options) for _ in range(nodes)]  # one on each node
+    told = [agent.communicate(timeout=180)[0] for agent in agents]
+    assert [agent.returncode for agent in agents] == [0] * nodes, told
     assert (tmp_path / "cut/dead").exists()
     assert same_run(tmp_path / "whole", tmp_path / "cut")
 
 
-def test_another_number_of_processes_may_go_on_and_is_told_of_the_difference(tmp_path):
+def test_a_signal_is_answered_within_a_step_and_another_number_of_processes_may_go_on(tmp_path):
     words = flags(QUICK | {"save_every": 1, "accumulate": 2, "out": tmp_path / "run"})
     assert forked(words, ("step", 5, signal.SIGTERM)) == 128 + signal.SIGTERM
+    assert saved(tmp_path / "run")["progress"]["step"] == 4
     words = ["--out", tmp_path / "run", "--resume", "--accumulate", "1"]
-    told = fork_many(run_with, words, tmp_path / "told")
+    told = fork_two(run_with, words, tmp_path / "told")
     assert "it was made with 1 × cpu" in told and "will differ a little" in told
     assert len(checkpoint.read_log(tmp_path / "run")) == 3
 
 
+def multiply_loss(monkeypatch, call, factor):
+    """Multiplies the loss of the `call`-th part of a batch."""
+    plain, calls = LOSSES["none"], itertools.count()
+
+    def multiplied(*arguments):
+        return plain.function(*arguments) * (factor if next(calls) == call else 1)
+
+    monkeypatch.setitem(LOSSES, "none", plain._replace(function=multiplied))
+
+
 def test_fp16s_first_step_may_overflow_without_harm_to_sgds_momentum(tmp_path, monkeypatch):
-    plain, calls = train.LOSSES["none"], iter(range(100))
-
-    def overflow(*arguments):
-        return plain.function(*arguments) * (1e8 if next(calls) == 0 else 1)
-
-    monkeypatch.setitem(train.LOSSES, "none", plain._replace(function=overflow))
+    multiply_loss(monkeypatch, 0, 1e8)
     words = QUICK | {"precision": "fp16", "model": "regnet_y_200mf", "epochs": 6, "out": tmp_path / "run"}
     assert run_train(monkeypatch, *flags(words)) == 0
     optimizer = saved(tmp_path / "run")["optimizer"]
@@ -2191,27 +2163,6 @@ def test_a_checkpoint_that_would_unpack_or_allocate_much_is_refused(tmp_path):
     torch.save({"model": tiny, "settings": known}, tmp_path / "huge.pth")
     with pytest.raises(ValueError, match=r"pos_embed is \(1, 5, 192\) in the weights"):
         distill.create_teacher("tiny", 2, tmp_path / "huge.pth")
-
-
-# Two agents as two nodes: kills process 1 before its fifth step, once
-def test_two_nodes_survive_a_kill_and_torchrun_restarts_them(tmp_path):
-    words = flags(QUICK | {"save_every": 1, "epochs": 2, "drop_path": 0.1})
-    fork_many(run_with, ["--out", tmp_path / "whole", *words])
-    (tmp_path / "driver.py").write_text(DRIVER)
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--nnodes=2", "--nproc_per_node=1"]
-    launcher += ["--max-restarts=2", "--rdzv_backend=c10d", f"--rdzv_endpoint=127.0.0.1:{port}"]
-    command = [*launcher, tmp_path / "driver.py", "--out", tmp_path / "cut", *words, "--resume"]
-    environment = {"PYTHONPATH": os.getcwd(), "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
-    environment = os.environ | environment | {"TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
-    options = dict(env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-    agents = [subprocess.Popen(command, **options) for _ in range(2)]
-    told = [agent.communicate(timeout=180)[0] for agent in agents]
-    assert [agent.returncode for agent in agents] == [0, 0], told
-    assert (tmp_path / "cut/dead").exists()
-    assert same_run(tmp_path / "whole", tmp_path / "cut")
 
 
 # ---- What is refused ----
@@ -2446,18 +2397,13 @@ def test_processes_that_see_different_data_are_refused(tmp_path):
     (tmp_path / "1/train/bee/3.png").unlink()
     words = QUICK | {"data": "folder", "batch_size": 4, "out": tmp_path / "run"}
     with pytest.raises(AssertionError, match=r"\[2, 2\] == \[0, 0\]"):
-        fork_many(partial(disagreeing, tmp_path), flags(words), tmp_path / "told")
+        fork_two(partial(disagreeing, tmp_path), flags(words), tmp_path / "told")
     assert re.search(r"error: process 1 has another data set: 11 \+ 12 images .* not 12 \+ 12",
                      (tmp_path / "told").read_text())  # fmt: skip
 
 
 def test_a_loss_that_is_not_finite_ends_the_run_before_anything_is_spoilt(tmp_path, monkeypatch, capsys):
-    plain, calls = train.LOSSES["none"], iter(range(100))
-
-    def explode(*arguments):
-        return plain.function(*arguments) * (math.nan if next(calls) == 4 else 1)
-
-    monkeypatch.setitem(train.LOSSES, "none", plain._replace(function=explode))
+    multiply_loss(monkeypatch, 4, math.nan)
     assert run_train(monkeypatch, *flags(QUICK | {"out": tmp_path / "run", "save_every": 2})) == 2
     assert "became infinite or NaN between steps 4 and 6; last.pth is from before it" in one_line(capsys)
     contents = saved(tmp_path / "run")
@@ -2508,53 +2454,32 @@ def test_names_with_odd_characters_break_neither_terminal_nor_log(tmp_path, monk
     assert saved(tmp_path / "run\x07")["settings"]["classes"] == list(names)
 
 
+# Values at random: for most settings by their kind, for these others; most are sensible, some are not
+SPECIAL = {
+    "data": ["shapes", "folder", "cifar"],
+    "data_path": ["pictures", "broken", "nowhere", "notes.txt"],
+    "model": ["tiny", "small", "resnet18", "regnet_y_200mf", "vit_b_16", "tinny"],
+    "img_size": [1, 4, 8, 16, 20, 32, 0, 10**6],
+    "patch_size": [1, 2, 4, 8, 16, 3, 10**6],
+    "limit": [4, 8, 0],
+    "teacher": ["tiny", "regnet_y_200mf", "resnet18", "mobilenet_v2"],
+    "teacher_weights": ["", "tiny.pth", "notes.txt", "none.pth"],
+    "batch_size": [1, 2, 4, 8, 7, 100],
+    "precision": ["auto", "fp32", "fp16"],
+    "workers": [-1, 0],
+    "out": ["run", "notes.txt/run"],
+} | dict.fromkeys(("epochs", "teacher_epochs", "depth"), [1])  # fmt: skip
+
+
 def random_words(rng):
-    """Flags at random: most of their values are sensible, some are not."""
-    values = {
-        "data": ["shapes", "folder", "cifar"],
-        "data_path": ["pictures", "broken", "nowhere", "notes.txt"],
-        "model": ["tiny", "small", "resnet18", "regnet_y_200mf", "vit_b_16", "tinny"],
-        "img_size": [1, 4, 8, 16, 20, 32, 0, 10**6],
-        "patch_size": [1, 2, 4, 8, 16, 3, 10**6],
-        "distill": ["none", "soft", "hard", "label", "x"],
-        "depth": [1, 2, 0],
-        "limit": [4, 8, 0],
-        "teacher": ["tiny", "regnet_y_200mf", "resnet18", "mobilenet_v2"],
-        "teacher_weights": ["", "tiny.pth", "notes.txt", "none.pth"],
-        "augment": ["randaugment", "autoaugment", "none", "off"],
-        "mixup": [0, 0.8, 1e-9, 1e9, -1],
-        "cutmix": [0, 1.0, 1e-9, 1e9],
-        "erasing": [0, 0.25, 1, 1.5],
-        "repeats": [1, 2, 3, 1000],
-        "smoothing": [0, 0.1, 0.999, 1],
-        "dropout": [0, 0.5, 0.999],
-        "drop_path": [0, 0.1, 0.999],
-        "ema": [0, 0.5, 0.99996],
-        "tau": [1, 3, 1e-6, 1e6],
-        "lam": [0, 0.1, 1],
-        "optimizer": ["adamw", "sgd"],
-        "lr": [0, 1e-3, 1, 1e3, 1e30],
-        "min_lr": [0, 1e-5, 10],
-        "warmup_lr": [0, 1e-6, 10],
-        "warmup_epochs": [0, 0.5, 5],
-        "weight_decay": [0, 0.05, 100],
-        "clip_grad": [0, 1e-9, 1],
-        "epochs": [1],
-        "teacher_epochs": [1],
-        "batch_size": [1, 2, 4, 8, 7, 100],
-        "accumulate": [1, 2, 3],
-        "precision": ["auto", "fp32", "fp16"],
-        "seed": [0, 2**62, -1],
-        "workers": [-1, 0],
-        "save_every": [0, 1, 100],
-        "out": ["run", "notes.txt/run"],
-    }
-    switches = ["no_distill_token", "resume", "overwrite", "skip_broken"]
-    words = {
-        name: choices[rng.integers(len(choices))] for name, choices in values.items() if rng.random() < 0.3
-    }
-    words = dict(epochs=1, teacher_epochs=1, batch_size=4, device="cpu", depth=1, limit=8) | words
-    return flags(words | {name: True for name in switches if rng.random() < 0.2})
+    """Flags at random."""
+    words = {"epochs": 1, "teacher_epochs": 1, "batch_size": 4, "depth": 1, "limit": 8}
+    for one in dataclasses.fields(Settings):
+        kinds = {bool: [True], int: [0, 1, 2, 3, 1000, -1], float: [0, 1e-9, 0.1, 0.5, 0.999, 10, 1e30]}
+        choices = SPECIAL.get(one.name, kinds.get(type(one.default), one.metadata["allowed"]))
+        if one.name != "compile" and rng.random() < 0.25:
+            words[one.name] = choices[rng.integers(len(choices))]
+    return flags(words | {"device": "cpu"})
 
 
 def test_flags_at_random_either_train_or_give_one_line(tmp_path, monkeypatch, capsys):
