@@ -49,19 +49,10 @@ import pictures
 import settings
 import train
 from checkpoint import read_checkpoint, torchvision_layout
-from data import (
-    ArraySet,
-    FolderSet,
-    crop_file,
-    draw_shape,
-    draw_shapes,
-    eval_batches,
-    read_image,
-    train_batches,
-)
-from distill import LOSSES, REGNETY, create_teacher, hard_distillation_loss, predict, soft_distillation_loss
+from data import ArraySet, FolderSet, crop_file, draw_shape, draw_shapes, read_image, train_batches
+from distill import LOSSES, REGNETY, create_teacher, hard_distillation_loss, predict
 from launch import UserError
-from model import Attention, Block, DeiT, DropPath, attend, create_model, fuse, load_weights, resize_pos_embed
+from model import Attention, Block, DeiT, DropPath, attend, create_model, fuse, load_weights
 from settings import Settings, complete
 from train import build_network, evaluate, load_teacher
 
@@ -170,6 +161,9 @@ def forked(words, fault=None, main=train.main):
     return process.exitcode
 
 
+HELD, STREAMED = [(30, 30)], [(50, 40), (30, 60)]  # sizes of pictures
+
+
 def write_folder(root, sizes, classes=("ant", "bee"), splits=("train", "val")):
     """A folder data set of random pictures: sizes[i % len(sizes)] is the size of picture i."""
     rng = np.random.default_rng(0)
@@ -184,7 +178,7 @@ def write_folder(root, sizes, classes=("ant", "bee"), splits=("train", "val")):
 
 
 def saved(out, file="last.pth"):
-    return checkpoint.read_checkpoint(Path(out) / file)
+    return read_checkpoint(Path(out) / file)
 
 
 def equal(one, two):
@@ -362,18 +356,6 @@ def test_resizing_position_embeddings_is_torchs_bicubic_and_spares_the_prefix_to
     assert torch.equal(model.norm.weight, state["norm.weight"])
 
 
-def test_bicubic_keeps_the_norm_of_position_embeddings_where_bilinear_loses_it():
-    torch.manual_seed(0)
-    rows, columns = torch.meshgrid(torch.arange(14.0), torch.arange(14.0), indexing="ij")
-    angle, phase = 2 * math.pi * torch.rand(2, 192, 1, 1)
-    for wavelength, lost in ((4, 0.15), (6, 0.07)):  # patches; smooth, as trained embeddings are
-        grid = torch.cos((columns * angle.cos() + rows * angle.sin()) * 2 * math.pi / wavelength + phase)
-        bicubic = resize_pos_embed(grid.flatten(1).T[None], 24, 0)[0].norm(dim=1).mean()
-        bilinear = F.interpolate(grid[None], size=(24, 24), mode="bilinear")[0].norm(dim=0).mean()
-        assert abs(bicubic / grid.norm(dim=0).mean() - 1) < 0.03
-        assert bilinear / grid.norm(dim=0).mean() < 1 - lost
-
-
 # ---- The paper: distillation ----
 
 
@@ -415,13 +397,6 @@ def test_the_table_of_losses_decides_what_is_trained():
             with torch.device("meta"):
                 network = build_network(complete({"distill": name} | more), 5)
             assert hasattr(network, "dist_token") == (token and not more)
-
-
-def test_the_papers_tau_and_lambda_are_the_defaults():
-    z, labels, teacher = torch.randn(6, 5), torch.randint(5, (6,)), torch.randn(6, 5)
-    expected = soft_distillation_loss(z, labels, teacher, 3.0, 0.1)
-    assert torch.equal(soft_distillation_loss(z, labels, teacher), expected)
-    assert torch.equal(LOSSES["soft"].function(z, labels, teacher, Settings()), expected)
 
 
 def test_losses_of_logits_in_bfloat16_are_computed_in_float32():
@@ -789,8 +764,8 @@ def test_pad_and_crop_cuts_each_image_out_of_its_own_padding_at_any_offset():
     assert torch.equal(found[:, 0], which) and follows(found[:, 1], evenly(81))
 
 
-def check_boxes(ours, theirs, height, width, scale, ratio):
-    """That boxes (n, 4) are inside, within the limits and drawn as the others: area, aspect (h/w), place."""
+def check_boxes(ours, theirs, height, width):
+    """That boxes (n, 4) are inside and drawn as the others: area, aspect (h/w), place."""
     ours, theirs = np.asarray(ours, float), np.asarray(theirs, float)
     assert ours.min() >= 0 and (ours[:, :2] + ours[:, 2:] <= [height, width]).all()
 
@@ -798,12 +773,8 @@ def check_boxes(ours, theirs, height, width, scale, ratio):
         place = top / np.maximum(1, height - h), left / np.maximum(1, width - w)
         return [x.round(5) for x in (h * w / height / width, h / w, *place)]
 
-    area, aspect, y, x = measures(*ours.T)
-    slack = 1 + 2 / ours[:, 2:].min()  # whole pixels
-    assert scale[0] / slack <= area.min() and area.max() <= scale[1] * slack
-    assert ratio[0] / slack <= aspect.min() and aspect.max() <= ratio[1] * slack
     assert all(follows(*pair) for pair in zip(measures(*ours.T), measures(*theirs.T), strict=True))
-    assert uncorrelated(y, x)
+    assert uncorrelated(*measures(*ours.T)[2:])
 
 
 @pytest.mark.parametrize(("height", "width"), [(224, 224), (100, 400), (300, 200), (32, 32)])
@@ -811,7 +782,7 @@ def test_random_boxes_are_those_of_torchvisions_random_resized_crop(height, widt
     torch.manual_seed(0)
     limits, crop = ((0.08, 1), (3 / 4, 4 / 3)), torchvision.transforms.RandomResizedCrop.get_params
     theirs = [crop(torch.empty(3, height, width), *limits) for _ in range(6_000)]
-    check_boxes(augment.random_boxes(60_000, height, width, generator()), theirs, height, width, *limits)
+    check_boxes(augment.random_boxes(60_000, height, width, generator()), theirs, height, width)
     for long in [(10, 200), (200, 10), (7, 300), (1, 40)]:  # no draw fits: the largest centered box
         largest = torch.tensor(crop(torch.empty(3, *long), *limits))
         assert (augment.random_boxes(50, *long, generator()) == largest).all()
@@ -824,23 +795,16 @@ def soft_pictures(count, height, width):
 
 
 @pytest.mark.parametrize("size", [7, 24, 96])  # shrinks all, shrinks some, enlarges all
-def test_resized_boxes_are_pillows_crop_and_antialiased_bicubic_resize(size):
-    images = soft_pictures(60, 48, 64)
-    boxes = augment.random_boxes(60, 48, 64, generator(1))
-    boxes[:2] = torch.tensor([[0, 0, 48, 64], [47, 63, 1, 1]])  # all of it, one pixel
-    resized = augment.resize_boxes(images, boxes, size)
-    for image, (top, left, h, w), ours in zip(images, boxes.tolist(), resized, strict=True):
+def test_random_crops_are_pillows_crop_and_antialiased_bicubic_resize_of_random_boxes(size):
+    images, boxes = soft_pictures(60, 48, 64), augment.random_boxes(60, 48, 64, generator(1))
+    cropped = augment.random_crop(images, size, generator(1))
+    edges = torch.tensor([[0, 0, 48, 64], [47, 63, 1, 1]])  # all of it, one pixel
+    cropped = torch.cat([cropped, augment.resize_boxes(images[:2], edges, size)])
+    boxes, images = torch.cat([boxes, edges]), torch.cat([images, images[:2]])
+    for image, (top, left, h, w), ours in zip(images, boxes.tolist(), cropped, strict=True):
         crop = to_pillow(image).crop((left, top, left + w, top + h))
         difference = levels_apart(ours, crop.resize((size, size), BICUBIC))
         assert difference.max() <= 2 and difference.float().mean() < 0.25
-
-
-def test_random_crop_pads_at_the_images_own_size_and_resizes_boxes_otherwise():
-    images = noise(40, 3, 24, 24)
-    cropped = augment.random_crop(images, 24, generator())
-    assert torch.equal(cropped, augment.pad_and_crop(images, generator()))
-    boxes = augment.random_boxes(40, 24, 24, generator())
-    assert torch.equal(augment.random_crop(images, 56, generator()), augment.resize_boxes(images, boxes, 56))
 
 
 @pytest.mark.parametrize("shape", [(64, 64, 56), (128, 96, 42), (64, 96, 28), (16, 24, 56), (70, 64, 48)])
@@ -884,22 +848,19 @@ def test_erased_boxes_are_those_of_torchvisions_random_erasing(height, width):
         rows, columns = np.flatnonzero(picture.any(axis=1)), np.flatnonzero(picture.any(axis=0))
         ours.append((rows[0], columns[0], np.ptp(rows) + 1, np.ptp(columns) + 1))
         assert picture.sum() == ours[-1][2] * ours[-1][3]  # one whole box
-    limits, theirs = ((0.02, 1 / 3), (0.3, 1 / 0.3)), torchvision.transforms.RandomErasing.get_params
-    theirs = [theirs(inputs[0], *limits, [0.0])[:4] for _ in range(6_000)]
-    check_boxes(ours, theirs, height, width, *limits)
+    erase = torchvision.transforms.RandomErasing.get_params
+    theirs = [erase(inputs[0], (0.02, 1 / 3), (0.3, 1 / 0.3), [0.0])[:4] for _ in range(6_000)]
+    check_boxes(ours, theirs, height, width)
 
 
 def test_erased_pixels_are_normal_each_channel_its_own():
     inputs = torch.full((600, 3, 32, 32), 100.0)
-    outputs, again = (augment.RandomErasing(1)(inputs, generator(seed)) for seed in (0, 1))
+    outputs = augment.RandomErasing(1)(inputs, generator())
     pixels = outputs.permute(0, 2, 3, 1)[(outputs != inputs).all(dim=1)]  # (n, 3)
-    assert len(pixels) > 0.1 * 600 * 1024
     for k in range(3):
         assert follows(pixels[:, k], np.random.default_rng(5).normal(size=1_000_000))
         assert uncorrelated(pixels[:, k], pixels[:, k - 1]) and uncorrelated(pixels[1:, k], pixels[:-1, k])
-    # Chance repeats a few of the float32 values, a pattern would many.
-    assert len(pixels.unique()) > 0.95 * pixels.numel()
-    assert (outputs == again)[(outputs != inputs) & (again != inputs)].float().mean() < 1e-4
+    assert len(pixels.unique()) > 0.95 * pixels.numel()  # chance repeats a few float32 values
 
 
 @pytest.mark.parametrize(("height", "width"), [(1000, 1000), (300, 800)])
@@ -1062,7 +1023,7 @@ def test_samplers_that_cannot_be_are_refused(size, ranks, rank, repeats):
 
 
 def test_the_imagenet_recipe_is_table_9():
-    s = settings.complete({"data": "imagenet"})
+    s = complete({"data": "imagenet"})
     table = dict(
         epochs=300, batch_size=1024, optimizer="adamw", lr=0.0005, weight_decay=0.05, warmup_epochs=5
     )
@@ -1071,10 +1032,12 @@ def test_the_imagenet_recipe_is_table_9():
     table |= dict(warmup_lr=1e-6, min_lr=1e-5, tau=3.0, lam=0.1, img_size=224, patch_size=16, depth=12)
     table |= dict(teacher="regnet_y_16gf", teacher_weights="published")
     assert {name: getattr(s, name) for name in table} == table
+    for given, expected in (({}, 2), ({"warmup_epochs": 7.0}, 7)):  # a short run: a tenth of it
+        assert complete({"data": "imagenet", "epochs": 20} | given).warmup_epochs == expected
 
 
 def test_learning_rate_is_torchs_cosine_from_step_0_whose_start_a_linear_warm_up_replaces():
-    s = settings.complete({"data": "imagenet"})
+    s = complete({"data": "imagenet"})
     peak = 0.0005 * 1024 / 512
     rates = [train.learning_rate(step, 100, 20, s) for step in range(101)]
     np.testing.assert_allclose(rates[:20], np.linspace(1e-6, peak, 21)[:20])
@@ -1086,15 +1049,9 @@ def test_learning_rate_is_torchs_cosine_from_step_0_whose_start_a_linear_warm_up
         schedule.step()
 
 
-def test_a_short_run_warms_up_for_a_tenth_of_it_unless_told_otherwise():
-    assert settings.complete({"data": "imagenet"}).warmup_epochs == 5
-    assert settings.complete({"data": "imagenet", "epochs": 20}).warmup_epochs == 2
-    assert settings.complete({"data": "imagenet", "epochs": 20, "warmup_epochs": 7.0}).warmup_epochs == 7
-
-
 def test_weight_decay_spares_biases_norms_tokens_and_position_embeddings():
-    model = train.build_network(settings.Settings(distill="hard"), 10)
-    decayed, spared = train.build_optimizer(model, settings.Settings()).param_groups
+    model = build_network(Settings(distill="hard"), 10)
+    decayed, spared = train.build_optimizer(model, Settings()).param_groups
     assert (decayed["weight_decay"], spared["weight_decay"]) == (0.05, 0.0)
     kept = {id(p) for p in spared["params"]}
     names = {name for name, p in model.named_parameters() if id(p) in kept}
@@ -1113,8 +1070,8 @@ def test_the_moving_average_starts_from_the_initial_weights(tmp_path, monkeypatc
 
     monkeypatch.setattr("torch.optim.AdamW", Watched)
     assert run_train(monkeypatch, *flags(QUICK | {"ema": 0.8, "out": tmp_path / "run"})) == 0
-    s = settings.complete(QUICK)
-    network = train.build_network(s, 10)
+    s = complete(QUICK)
+    network = build_network(s, 10)
     order = [p for group in train.build_optimizer(network, s).param_groups for p in group["params"]]
     with torch.no_grad():
         for weights in seen:
@@ -1141,8 +1098,7 @@ def test_higher_resolution_of_imagenet_is_the_papers_recipe():
     table |= dict(weight_decay=1e-8, warmup_epochs=5, drop_path=0, distill="hard", teacher="regnet_y_16gf")
     table |= dict(augment="randaugment", mixup=0.8, cutmix=1.0, erasing=0.25, smoothing=0.1, repeats=3)
     assert tuned({}).items() >= table.items()
-    s = finetune.finetune_settings({"checkpoint": "deit_tiny_distilled"}, OFFICIAL_TINY)
-    rates = [train.learning_rate(step, 1000, 100, s) for step in range(100, 1001)]
+    rates = [train.learning_rate(step, 1000, 100, Settings(**table)) for step in range(100, 1001)]
     assert set(rates) == {5e-6}  # constant after the warm-up
     assert tuned({"epochs": 3})["warmup_epochs"] == pytest.approx(0.3)
 
@@ -1161,13 +1117,14 @@ def test_transfer_has_the_authors_recipe_and_a_short_one(name):
     assert tuned(short | {"optimizer": "sgd", "lr": 0.1})["lr"] == 0.1
 
 
+ADAPTED = {"num_classes": 3, "img_size": 16, "patch_size": 8, "depth": 2}
+
+
 def test_a_distillation_token_that_is_added_starts_as_the_class_token():
-    sizes = {"num_classes": 3, "img_size": 16, "patch_size": 8, "depth": 2}
-    plain, network = create_model("tiny", **sizes), create_model("tiny", **sizes, distilled=True)
+    plain, network = (create_model("tiny", distilled=token, **ADAPTED) for token in (False, True))
     fresh = network.dist_token.detach().clone()
     assert finetune.adapt(plain.state_dict(), network, True)[0].startswith("a distillation token is added")
-    torch.testing.assert_close(network.dist_token, plain.cls_token + fresh)
-    assert not torch.equal(network.dist_token, network.cls_token)  # or they would learn the same for ever
+    torch.testing.assert_close(network.dist_token, plain.cls_token + fresh)  # or both would learn the same
     with torch.no_grad():
         network.dist_token.copy_(network.cls_token)
     first, second = network.eval()(torch.randn(4, 3, 16, 16))
@@ -1175,28 +1132,12 @@ def test_a_distillation_token_that_is_added_starts_as_the_class_token():
 
 
 def test_a_distillation_token_that_is_dropped_leaves_the_rest_as_it_was():
-    sizes = {"num_classes": 3, "img_size": 16, "patch_size": 8, "depth": 2}
-    network, distilled = create_model("tiny", **sizes), create_model("tiny", **sizes, distilled=True)
+    network, distilled = (create_model("tiny", distilled=token, **ADAPTED) for token in (False, True))
     assert finetune.adapt(distilled.state_dict(), network, True) == ["the distillation token is dropped"]
     images, tokens = torch.randn(2, 3, 16, 16), [n for n in range(6) if n != 1]
     torch.testing.assert_close(network.embed(images), distilled.embed(images)[:, tokens])
     theirs = distilled.state_dict()
     assert all(torch.equal(p, theirs[key]) for key, p in network.state_dict().items() if key != "pos_embed")
-
-
-def test_fine_tuning_starts_from_the_runs_weights_at_the_new_size(tmp_path, monkeypatch, capsys):
-    monkeypatch.chdir(tmp_path)
-    assert run_train(monkeypatch, *flags(QUICK | {"epochs": 1})) == 0
-    before = saved("runs/shapes-tiny-none")["model"]
-    # without --checkpoint: the newest run; at a learning rate of (nearly) 0 the weights stay
-    assert run_finetune(monkeypatch, *flags({"epochs": 1, "lr": 0, "batch_size": 16})) == 0
-    after = saved("runs/shapes-tiny-none-24px")["model"]
-    assert (before.pop("pos_embed").shape, after.pop("pos_embed").shape) == ((1, 5, 192), (1, 10, 192))
-    for key, value in before.items():
-        torch.testing.assert_close(after[key], value, rtol=0, atol=1e-4)
-    printed = capsys.readouterr().out
-    assert "before, at 16 pixels: class" in printed
-    assert "position embeddings are resized\nat the start, at 24 pixels: class" in printed
 
 
 def test_a_teacher_is_brought_to_the_new_size_by_the_same_program(tmp_path, monkeypatch, capsys):
@@ -1229,33 +1170,30 @@ def save_official(path, **options):
 @pytest.mark.parametrize("distill", ["label", "none"])
 def test_an_official_file_transfers_to_a_folder_of_pictures(tmp_path, monkeypatch, capsys, distill):
     monkeypatch.chdir(tmp_path)
-    write_folder(tmp_path / "data", [(50, 40), (30, 60)])
-    write_folder(tmp_path / "pets", [(50, 40), (30, 60)], ("cat", "dog"))
+    write_folder(tmp_path / "data", STREAMED)
+    write_folder(tmp_path / "pets", STREAMED, ("cat", "dog"))
     official = save_official("official.pth", distilled=distill == "label")  # 1000 classes
-    names = ("classes", "img_size", "distill", "model", "patch_size")
 
-    def run(start, out, **more):
+    def run(start, out, expected, **more):
         words = {"checkpoint": start, "epochs": 1, "batch_size": 4, "lr": 1e-9, "min_lr": 0, "warmup_lr": 0}
-        words |= {"workers": 0, "out": out}
-        assert run_finetune(monkeypatch, *flags(words | more)) == 0
-        return [saved(out)["settings"][name] for name in names], capsys.readouterr().out
+        assert run_finetune(monkeypatch, *flags(words | {"workers": 0, "out": out} | more)) == 0
+        names = ("classes", "img_size", "distill", "model", "patch_size")
+        assert [saved(out)["settings"][name] for name in names] == [*expected, distill, "tiny", 16]
+        return capsys.readouterr().out
 
-    found, printed = run("official.pth", "run", data="folder", data_path="data")
-    assert found == [["ant", "bee"], 32, distill, "tiny", 16]
+    told = run("official.pth", "run", (["ant", "bee"], 32), data="folder", data_path="data")
     for key, value in official.state_dict().items():
         if key.startswith("head"):
             assert saved("run")["model"][key].shape == (2, *value.shape[1:])
         else:
             torch.testing.assert_close(saved("run")["model"][key], value, rtol=0, atol=1e-6)
-    assert "official.pth: new heads for 2 classes\n" in printed
-    assert "before" not in printed  # its heads say nothing of these classes
+    assert "official.pth: new heads for 2 classes\n" in told
+    assert "before" not in told  # its heads say nothing of these classes
     # and goes on from there: to as many other classes, or at another resolution with its own
-    found, printed = run("run/last.pth", "other", data="folder", data_path="pets", recipe="paper")
-    assert "run/last.pth: new heads for 2 classes\n" in printed
-    assert found == [["cat", "dog"], 32, distill, "tiny", 16]
-    found, printed = run("run/last.pth", "higher")
-    assert "before, at 32 pixels: class" in printed
-    assert found == [["ant", "bee"], 48, distill, "tiny", 16]
+    pets = dict(data="folder", data_path="pets", recipe="paper")
+    told = run("run/last.pth", "other", (["cat", "dog"], 32), **pets)
+    assert "run/last.pth: new heads for 2 classes\n" in told
+    assert "before, at 32 pixels: class" in run("run/last.pth", "higher", (["ant", "bee"], 48))
 
 
 def test_imagenets_own_weights_keep_their_heads(tmp_path, monkeypatch, capsys):
@@ -1265,7 +1203,7 @@ def test_imagenets_own_weights_keep_their_heads(tmp_path, monkeypatch, capsys):
     save_official("three.pth", num_classes=3)
     words = {"data_path": "data", "epochs": 1, "batch_size": 4, "workers": 0, "img_size": 48, "out": "run"}
     assert run_finetune(monkeypatch, *flags(words | {"checkpoint": "two.pth"})) == 0
-    s = settings.Settings(data="imagenet", img_size=32, workers=0)
+    s = Settings(data="imagenet", img_size=32, workers=0)
     before = train.evaluate(official, data.load_data(s, CPU, ("val",))[0], s, CPU)
     printed = capsys.readouterr().out
     assert f"before, at 32 pixels: {train.accuracy_line(before)}\n" in printed
@@ -1312,7 +1250,7 @@ def save_network(path, classes, distilled=True):
 
 
 def inputs_of(path, size=16):
-    return augment.normalize(data.crop_file(data.read_image(path), size, None)[None])
+    return augment.normalize(crop_file(read_image(path), size, None)[None])
 
 
 @pytest.fixture
@@ -1332,55 +1270,32 @@ def test_accuracy_is_the_share_of_right_images_on_one_process_and_on_two(insects
         pairs = [model(inputs_of(file)) for file in files]
     heads = {"class": torch.cat([a for a, _ in pairs]), "distillation": torch.cat([b for _, b in pairs])}
     heads["fused"] = heads["class"].softmax(1) + heads["distillation"].softmax(1)
-    told = ["", ""]
-    for head, scores in heads.items():
-        order = scores.topk(5).indices == labels[:, None]
-        told[0] += f"  {head} {100 * order[:, 0].float().mean():.2f} %"
-        told[1] += f"  {head} {100 * order.any(1).float().mean():.2f} %"
+    told = {1: "  top-1", 5: "  top-5"}
+    for (head, scores), k in itertools.product(heads.items(), told):
+        right = (scores.topk(k).indices == labels[:, None]).any(1)
+        told[k] += f"  {head} {100 * right.float().mean():.2f} %"
     words = ["accuracy", path / "net.pth", "--val", path / "images/val", "--per-class", "--device", "cpu"]
     assert run_evaluate(monkeypatch, *words) == 0
     alone = capsys.readouterr().out
     lines = alone.splitlines()
     assert lines[0].endswith(f"net.pth: 11 images of {path}/images/val")
-    assert lines[1:3] == [f"  top-1{told[0]}", f"  top-5{told[1]}"]
+    assert lines[1:3] == list(told.values())
     right = (heads["fused"].argmax(1) == labels)[labels == 3].double().mean()
     assert [line.split()[0::4] for line in lines[4:]] == [["6", "ant"], ["5", "bee"]]
     assert lines[5].split()[3] == f"{100 * right:.2f}"
     assert fork_two(partial(launch.run_program, measure.main), words, path / "told") == alone
 
 
-def test_of_equal_scores_the_class_of_lower_index_comes_first(monkeypatch):
-    scores = torch.tensor([[0, 1, 1, 0, 0, 0, 0.0], [2, 2, 2, 2, 2, 2, 2], [7, 6, 5, 4, 3, 2, 1]])
-    batches = [(None, [scores[:2]]), (None, [scores[2:]])]
-    monkeypatch.setattr(measure, "predictions", lambda *_: iter(batches))
-    first = measure.ranking(None, range(3), None, CPU)
-    assert first[:, 0].tolist() == [[1, 2, 0, 3, 4], [0, 1, 2, 3, 4], [0, 1, 2, 3, 4]]
-
-
-def test_evaluate_repeats_the_accuracy_that_training_ended_with(tmp_path, monkeypatch, capsys):
-    write_folder(tmp_path / "data", [(20, 20)])
-    (tmp_path / "data/val/bee/3.png").write_bytes(b"no picture")
-    words = QUICK | {"data": "folder", "data_path": tmp_path / "data", "limit": 10, "batch_size": 4}
-    words |= {"distill": "label", "skip_broken": True, "out": tmp_path / "run"}
-    assert run_train(monkeypatch, *flags(words)) == 0
-    ended = checkpoint.read_log(tmp_path / "run")[-1]["accuracy"]
-    capsys.readouterr()
-    assert run_evaluate(monkeypatch, "accuracy", tmp_path / "run/last.pth", "--device", "cpu") == 0
-    assert f"  top-1  {train.accuracy_line(ended)}" in capsys.readouterr().out.splitlines()
-
-
 def test_imagenet_real_takes_any_of_an_images_labels_and_skips_images_without(insects, monkeypatch, capsys):
     path, model = insects
-    files = [path / "images/val/ant" / f"ILSVRC2012_val_0000000{n}.png" for n in (4, 1, 3)]
+    shutil.rmtree(path / "images/val/bee")
+    files = [path / "images/val/ant" / f"ILSVRC2012_val_0000000{n}.png" for n in range(1, 7)]
     for number, file in enumerate(files):
         (path / "images/val/ant" / f"{number}.png").rename(file)
-    for other in (path / "images/val").rglob("?.png"):
-        other.unlink()
-    (path / "images/val/bee").rmdir()
     with torch.no_grad():
-        four, one, three = (int(model(inputs_of(file))[0].argmax()) for file in files)
-    # image 1 is wrong, 2 is not there, 3 has no label, 4 has two and one is what the class head says
-    real = [[(one + 1) % 7], [0], [], [(four + 1) % 7, four]]
+        first, _, _, fourth, *_ = (int(model(inputs_of(file))[0].argmax()) for file in files)
+    # image 1 is wrong, 4 has two labels of which one is what the class head says, the others have none
+    real = [[(first + 1) % 7], [], [], [(fourth + 1) % 7, fourth], [], []]
     (path / "real.json").write_text(json.dumps(real))
     words = ["accuracy", path / "net.pth", "--val", path / "images/val", "--real", path / "real.json"]
     assert run_evaluate(monkeypatch, *words) == 0
@@ -1402,22 +1317,21 @@ def test_classes_go_by_name_then_by_number_then_by_place():
     assert indices(["1", "10", "2"], 3, ["1", "10", "2"]) == [0, 1, 2]  # a data set whose names are numbers
     assert indices(None, 12, ["0", "1", "10", "11", "2"]) == [0, 1, 10, 11, 2]  # ImageNet-V2
     assert indices(imagenet, 1000, ["1", "999", "5"]) == [1, 999, 5]
-    assert indices(None, 2, ["x", "y"]) == [0, 1]
     assert indices(None, 1000, imagenet) == list(range(1000))
-    with pytest.raises(UserError, match="net.pth knows ImageNet's 1000 classes; .* others: 'x0'"):
-        indices(None, 1000, [f"x{i}" for i in range(1000)])
     for classes, count, names in ((["a", "b"], 2, ["0", "1"]), (None, 3, ["3"]), (["a", "b"], 2, ["a", "z"])):
         with pytest.raises(UserError, match="net.pth knows"):
             indices(classes, count, names)
+    with pytest.raises(UserError, match="net.pth knows ImageNet's 1000 classes; .* others: 'x0'"):
+        indices(None, 1000, [f"x{i}" for i in range(1000)])
 
 
 def test_compare_is_table_4_with_a_row_for_the_truth_and_each_head(tmp_path, monkeypatch, capsys):
     truth, first, second = [0, 1, 2, 0, 1, 2], [0, 1, 2, 0, 0, 0], [1, 1, 2, 0, 2, 0]
     expected = torch.tensor([[0, 2, 3], [2, 0, 2], [3, 2, 0]]) / 6
     torch.testing.assert_close(measure.disagreement(torch.tensor([truth, first, second])).float(), expected)
-    for name, distilled in (("a", False), ("b", True)):
-        save_network(tmp_path / name / "last.pth", list(data.SHAPES), distilled)
-    words = [tmp_path / "a/last.pth", tmp_path / "b/last.pth", "--device", "cpu"]
+    words = [tmp_path / f"{name}/last.pth" for name in "ab"] + ["--device", "cpu"]
+    for n in (0, 1):
+        save_network(words[n], list(data.SHAPES), distilled=n == 1)
     assert run_evaluate(monkeypatch, "compare", *words) == run_evaluate(monkeypatch, "accuracy", *words) == 0
     lines = capsys.readouterr().out.splitlines()
     rows = [re.fullmatch(r"(\d) (.*?)  +([\d. ]+)", line).groups() for line in lines[2:7]]
@@ -1429,8 +1343,6 @@ def test_compare_is_table_4_with_a_row_for_the_truth_and_each_head(tmp_path, mon
     save_network(tmp_path / "c.pth", ["x", "y"])
     assert run_evaluate(monkeypatch, "compare", words[0], tmp_path / "c.pth") == 2
     assert "knows 2 other classes; the data set has 'circle'" in one_line(capsys)
-    names = measure.short_names(["runs/a/last.pth", "runs/b/last.pth", "deit_tiny", "x/a/best.pth"])
-    assert names == ["a", "b", "deit_tiny", "best.pth"]
 
 
 def test_token_cosines_are_those_of_the_embeddings_after_each_block(tmp_path, monkeypatch, capsys):
@@ -1477,18 +1389,15 @@ def test_throughput_tells_rates_and_the_share_of_the_peak(monkeypatch, capsys, m
 
 
 def test_the_largest_batch_is_the_largest_power_of_two_that_fits(monkeypatch):
-    for name in ("synchronize", "empty_cache"):
-        monkeypatch.setattr(torch.cuda, name, lambda *_: None)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda *_: None)
 
-    def ready(batch):
-        def act():
-            if batch > 200:
-                raise torch.OutOfMemoryError
+    def run(batch):
+        if batch > 200:
+            raise torch.OutOfMemoryError
 
-        return act
-
-    assert measure.largest_batch(ready, torch.device("cuda")) == 128
-    assert measure.largest_batch(ready, CPU) == 16
+    for device, largest in (("cuda", 128), ("cpu", 16)):
+        found = measure.largest_batch(lambda batch: partial(run, batch), torch.device(device))
+        assert found == largest
 
 
 @pytest.mark.parametrize("distilled", [False, True])
@@ -1498,22 +1407,15 @@ def test_attention_maps_are_the_prefix_tokens_softmax_over_the_patches_and_their
     model = create_model("tiny", distilled=distilled, **sizes).eval()
     for block in model.blocks:
         block.attn.qkv.weight.data.mul_(8)
-    inputs, rows, prefix = torch.randn(2, 3, 24, 24), [], 2 if distilled else 1
-    x = model.embed(inputs)
-    for block in model.blocks:
-        q, k = block.attn.qkv(block.norm1(x)).reshape(2, -1, 3, 3, 64)[:, :, :2].permute(2, 0, 3, 1, 4)
-        rows.append(torch.exp(q @ k.mT / 8) / torch.exp(q @ k.mT / 8).sum(-1, keepdim=True))
-        x = block(x)
-    heads, rollout = pictures.attention_maps(model, inputs, layer=5)
-    patches = rows[4][:, :, :prefix, prefix:]
-    patches = (patches / patches.sum(-1, keepdim=True)).transpose(1, 2).unflatten(-1, (3, 3))
-    torch.testing.assert_close(heads, patches, rtol=1e-4, atol=1e-6)
-    product = torch.eye(9 + prefix)
+    inputs, prefix, rollout = torch.randn(2, 3, 24, 24), 1 + distilled, torch.eye(10 + distilled)
+    rows = model.attention_weights(inputs)
     for row in rows[:5]:  # later layers multiply from the left
-        product = torch.matmul(0.5 * row.mean(1) + 0.5 * torch.eye(9 + prefix), product)
-    rolled = product[:, :prefix, prefix:]
-    rolled = (rolled / rolled.sum(-1, keepdim=True)).unflatten(-1, (3, 3))
-    torch.testing.assert_close(rollout, rolled, rtol=1e-4, atol=1e-6)
+        rollout = torch.matmul(0.5 * row.mean(1) + 0.5 * torch.eye(9 + prefix), rollout)
+    heads = rows[4].transpose(1, 2)
+    for found, weights in zip(pictures.attention_maps(model, inputs, layer=5), (heads, rollout), strict=True):
+        patches = weights[:, :prefix, ..., prefix:]
+        patches = (patches / patches.sum(-1, keepdim=True)).unflatten(-1, (3, 3))
+        torch.testing.assert_close(found, patches, rtol=1e-4, atol=1e-6)
 
 
 # ---- The loop ----
@@ -1589,8 +1491,8 @@ def test_evaluation_scores_each_head_and_their_fusion():
             return class_logits, dist_logits
 
     images, labels = torch.zeros(3, 3, 8, 8, dtype=torch.uint8), torch.tensor([0, 2, 0])
-    three = data.ArraySet(images, labels, ["a", "b", "c"])
-    accuracy = train.evaluate(Student(), three, settings.Settings(img_size=8), CPU)
+    three = ArraySet(images, labels, ["a", "b", "c"])
+    accuracy = train.evaluate(Student(), three, Settings(img_size=8), CPU)
     # class: right, right, wrong; distillation: wrong, right, right; fused: 0.91 + 0.01 < 0.05 + 0.99 wrong,
     # the second right, and 0.02 + 0.91 < 0.96 + 0.05 wrong
     assert accuracy == pytest.approx({"class": 200 / 3, "distillation": 200 / 3, "fused": 100 / 3}, rel=1e-5)
@@ -1633,30 +1535,11 @@ def test_students_started_at_once_do_not_disturb_each_others_teacher(tmp_path, m
         assert equal(saved(out)["model"], before["model"])
 
 
-def log_turn(path):
-    train.init("cpu")
-
-    def act():
-        time.sleep(0.2 * (1 - launch.rank()))
-        with open(path, "a") as file:
-            file.write(str(launch.rank()))
-
-    launch.main_process_first(act)
-
-
-def test_downloads_come_to_the_first_process_first(tmp_path):
-    fork_two(partial(log_turn, tmp_path / "order"), [])
-    assert (tmp_path / "order").read_text() == "01"
-
-
 # ---- The loop: the data ----
 
 
 def load(name, path, size, splits=("train", "val"), **more):
     return data.load_data(Settings(data=name, data_path=str(path), img_size=size, **more), CPU, splits)
-
-
-HELD, STREAMED = [(30, 30)], [(50, 40), (30, 60)]
 
 
 @pytest.fixture(params=[HELD, STREAMED], ids=["held", "streamed"])
@@ -1673,17 +1556,6 @@ def test_shapes_depend_on_seed_split_and_index_alone():
     thirty = draw_shapes("val", 30, 48)
     assert (thirty.images.shape, thirty.images.dtype) == ((30, 3, 48, 48), torch.uint8)
     assert thirty.labels.bincount().tolist() == [3] * 10
-
-
-def test_shapes_have_easy_cues_that_tell_half_of_the_images():
-    """The hue of the brightest pixels is near the class's own much more often than by chance."""
-    near = []
-    for index in range(600):
-        image, label = draw_shape(0, "train", index, 32)
-        hue, saturation, value = np.asarray(image.convert("HSV")).reshape(-1, 3).T.astype(float)
-        brightest = value * saturation >= np.quantile(value * saturation, 0.9)
-        near.append(abs((np.median(hue[brightest]) / 256 - label / 10 + 0.5) % 1 - 0.5) < 0.08)
-    assert 0.35 < np.mean(near) < 0.75  # by chance 0.16
 
 
 def test_a_folder_of_equal_small_images_is_held_and_another_is_streamed(tmp_path):
@@ -1721,7 +1593,7 @@ def test_the_processes_of_a_step_share_what_one_process_would_take(folder, monke
 
     def batches():
         s = Settings(img_size=24, batch_size=3, workers=0)
-        shown = zip(*eval_batches(val_set, s, CPU), strict=True)
+        shown = zip(*data.eval_batches(val_set, s, CPU), strict=True)
         return collect(train_set, 4, augment="off"), [torch.cat(each) for each in shown]
 
     (one, whole), shares = batches(), []
@@ -1755,7 +1627,9 @@ def test_a_crop_does_not_depend_on_whether_a_set_is_held_or_streamed(tmp_path, m
     padded = [(images[:, :, [0, -1]].sum(dim=(1, 3)) == 0).any().item() for images in batches]
     assert padded == [size == 32] * 2
     s = Settings(img_size=size, workers=0)
-    shown = [torch.cat([images for images, _ in eval_batches(part[1], s, CPU)]) for part in (held, streamed)]
+    shown = [
+        torch.cat([images for images, _ in data.eval_batches(part[1], s, CPU)]) for part in (held, streamed)
+    ]
     assert torch.equal(*shown)
 
 
@@ -1815,7 +1689,7 @@ def test_broken_images_are_named_or_left_out_and_counted(folder):
     train_set, val_set = load("folder", folder, 24, skip_broken=True)
     batches = collect(train_set, 2, batch_size=5, workers=2)
     assert all(images.shape == (5, 3, 24, 24) and labels.shape == (5,) for images, labels in batches)
-    shown = eval_batches(val_set, Settings(img_size=24, workers=0, batch_size=3), CPU)
+    shown = data.eval_batches(val_set, Settings(img_size=24, workers=0, batch_size=3), CPU)
     assert torch.cat([labels for _, labels in shown]).tolist() == [0] * 6 + [1] * 4
     assert train_set.broken | val_set.broken == bad
 
@@ -2141,11 +2015,11 @@ def test_files_of_one_name_from_two_addresses_are_two_files(tmp_path, monkeypatc
     with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
         threading.Thread(target=server.serve_forever, daemon=True).start()
         address = f"http://127.0.0.1:{server.server_port}"
-        found = [checkpoint.read_checkpoint(f"{address}/{run}/last.pth") for run in ("run1", "run2", "run1")]
+        found = [read_checkpoint(f"{address}/{run}/last.pth") for run in ("run1", "run2", "run1")]
         assert [contents["weight"].item() for contents in found] == [0, 1, 0]
         for _ in range(2):  # a hash in the name is checked, also when the file is there
-            with pytest.raises(launch.UserError, match="has not the SHA-256 that its name says"):
-                checkpoint.read_checkpoint(f"{address}/net-0123456789.pth")
+            with pytest.raises(UserError, match="has not the SHA-256 that its name says"):
+                read_checkpoint(f"{address}/net-0123456789.pth")
         server.shutdown()
 
 
@@ -2155,14 +2029,14 @@ def test_a_checkpoint_that_would_unpack_or_allocate_much_is_refused(tmp_path):
     with zipfile.ZipFile(tmp_path / "plain.pth") as plain, packed:
         for name in plain.namelist():
             packed.writestr(name, plain.read(name))
-    with pytest.raises(launch.UserError, match="it is compressed"):
-        checkpoint.read_checkpoint(tmp_path / "packed.pth")
+    with pytest.raises(UserError, match="it is compressed"):
+        read_checkpoint(tmp_path / "packed.pth")
     tiny = create_model("tiny", num_classes=2, img_size=16, patch_size=8, depth=1).state_dict()
     # position embeddings of 2^34 patches, which no memory holds
     known = {"model": "tiny", "img_size": 2**20, "patch_size": 8, "classes": ["a", "b"]}
     torch.save({"model": tiny, "settings": known}, tmp_path / "huge.pth")
     with pytest.raises(ValueError, match=r"pos_embed is \(1, 5, 192\) in the weights"):
-        distill.create_teacher("tiny", 2, tmp_path / "huge.pth")
+        create_teacher("tiny", 2, tmp_path / "huge.pth")
 
 
 # ---- What is refused ----
@@ -2326,6 +2200,7 @@ TUNING_MISTAKES = {
     "--distill hard --teacher-weights none.pth": "there is no file none.pth",
     "--data folder": "there is no folder data",
     "--out runs/run --resume": "is a run of train.py; continue it with train.py --resume",
+    "--out none --resume --workers 1": "there is no run in none to continue",
     "--train norm": "invalid choice: 'norm'",
     "--checkpoint convnet.pth --train head": "--train head is about transformers",
 }
@@ -2346,14 +2221,6 @@ def test_mistakes_of_fine_tuning_end_with_one_line_and_exit_code_2(tmp_path, mon
         assert message in one_line(capsys)
 
 
-@pytest.mark.parametrize("run", [run_train, run_finetune])
-def test_where_there_is_nothing_to_continue_a_directory_alone_starts_nothing(
-    tmp_path, monkeypatch, capsys, run
-):
-    assert run(monkeypatch, "--out", tmp_path / "none", "--resume", "--workers", "1") == 2
-    assert f"there is no run in {tmp_path}/none to continue" in one_line(capsys)
-
-
 def test_a_run_is_not_written_over_unless_told_to(tmp_path, monkeypatch, capsys):
     words = flags(QUICK | {"epochs": 1, "out": tmp_path / "run"})
     assert run_train(monkeypatch, *words) == 0
@@ -2371,18 +2238,15 @@ def test_a_run_is_not_written_over_unless_told_to(tmp_path, monkeypatch, capsys)
 
 
 def test_a_run_is_not_resumed_on_other_data(tmp_path, monkeypatch, capsys):
-    write_folder(tmp_path / "data", [(16, 16)])
+    bee, cow = (write_folder(tmp_path / "data", [(16, 16)]) / "train" / name for name in ("bee", "cow"))
     words = QUICK | {"data": "folder", "data_path": tmp_path / "data", "epochs": 1, "batch_size": 4}
     assert run_train(monkeypatch, *flags(words | {"out": tmp_path / "run"})) == 0
-    (tmp_path / "data/train/bee").rename(tmp_path / "data/train/cow")
     shutil.rmtree(tmp_path / "data/val/bee")
-    assert run_train(monkeypatch, "--out", tmp_path / "run", "--resume") == 2
-    assert "have changed; start it anew with --overwrite" in one_line(capsys)
-    (tmp_path / "data/train/cow").rename(tmp_path / "data/train/bee")
-    for path in (tmp_path / "data/train/bee").glob("[1-5].png"):
-        path.unlink()
-    assert run_train(monkeypatch, "--out", tmp_path / "run", "--resume") == 2
-    assert "have changed; start it anew with --overwrite" in one_line(capsys)
+    # another class; then fewer pictures of the old one
+    for change in (lambda: bee.rename(cow), lambda: (cow / "0.png").unlink() or cow.rename(bee)):
+        change()
+        assert run_train(monkeypatch, "--out", tmp_path / "run", "--resume") == 2
+        assert "have changed; start it anew with --overwrite" in one_line(capsys)
 
 
 def disagreeing(path):
@@ -2552,8 +2416,7 @@ def test_odd_images_are_predicted_or_told_in_one_line_each(tmp_path, monkeypatch
     save_network(tmp_path / "net.pth", ["a", "tab\there"], distilled=False)
     (tmp_path / "text.jpg").write_text("no picture")
     (tmp_path / "empty").mkdir()
-    kinds = {"1x1.png": ("RGB", (1, 1)), "wide.png": ("L", (20_000, 2)), "cmyk.jpg": ("CMYK", (9, 9))}
-    kinds |= {"new\nline é\x1b.png": ("P", (9, 9)), "16.png": ("I;16", (9, 9)), "la.png": ("LA", (9, 9))}
+    kinds = {"1x1.png": ("RGB", (1, 1)), "wide.png": ("L", (20_000, 2)), "new\nline é\x1b.png": ("P", (9, 9))}
     for name, (mode, size) in kinds.items():
         Image.new(mode, size).save(tmp_path / name)
     files = [tmp_path / name for name in ("text.jpg", "missing.png", *kinds)]
@@ -2581,8 +2444,6 @@ def test_curves_are_drawn_from_the_logs_of_runs(tmp_path, monkeypatch, capsys):
     left, right = figures[0].axes
     assert left.lines[1].get_ydata().tolist() == pytest.approx([2, 1, 2 / 3, 1 / 2, 2 / 5])
     assert [line.get_ydata()[0] for line in right.lines] == [10, 12, 13] * 2
-    with Image.open(tmp_path / "curves.png") as picture:
-        assert picture.width > 2 * picture.height
     (tmp_path / "first/log.jsonl").write_text("{}\n")
     for run, message in (("first", "is not the log of a run"), ("nowhere", "holds no run with an epoch")):
         assert run_evaluate(monkeypatch, "curves", tmp_path / run) == 2
@@ -2600,11 +2461,10 @@ def test_the_contact_sheet_shows_every_operation(tmp_path, monkeypatch):
 
 
 def test_every_word_has_an_example_in_its_help_and_in_the_readme(monkeypatch, capsys):
-    readme = Path("README.md").read_text()
     for word in (act.__name__ for act in measure.WORDS):
         assert run_evaluate(monkeypatch, word, "--help") == 0
         assert f"evaluate.py {word} " in capsys.readouterr().out.partition("examples:")[2]
-        assert f"evaluate.py {word} " in readme
+        assert f"evaluate.py {word} " in Path("README.md").read_text()
 
 
 # ---- Tools: README.md and results/ ----
@@ -2651,20 +2511,18 @@ def test_the_readmes_commands_are_ones_that_the_programs_take():
 
 
 def test_every_flag_file_and_test_that_the_readme_names_exists():
-    slurm = "--nodes --ntasks-per-node --gpus-per-node --cpus-per-task --time --requeue"
-    known = set(slurm.split())
+    known = {"--nodes", "--ntasks-per-node", "--gpus-per-node", "--cpus-per-task", "--time", "--requeue"}
     known |= {flag for action in torchrun_parser()._actions for flag in action.option_strings}
     known |= set().union(*(flags_of(script) for script in PROGRAMS))
     for page in PAGES:
         text = page.read_text()
         named = set(re.findall(r"(?<![\w-])--[a-z][a-z_-]+", text))
         assert named <= known, (page, named - known)
-        for path in re.findall(r"\]\(([^)#:]+)(?:#L\d+)?\)", text):
-            assert (page.parent / path).exists(), (page, path)
-        for path in re.findall(r"\b(\w+\.py)\b", text):
-            assert os.path.exists(path), (page, path)
+        paths = [page.parent / path for path in re.findall(r"\]\(([^)#:]+)(?:#L\d+)?\)", text)]
+        for path in [*paths, *map(Path, re.findall(r"\b(\w+\.py)\b", text))]:
+            assert path.exists(), (page, path)
         for name in re.findall(r"\btest_(?!all\b)\w+", text):
             assert name in globals(), (page, name)
-        for anchor in re.findall(r"\]\(#([\w-]+)\)", text):
-            headings = re.findall(r"^#+ (.+)$", text, re.MULTILINE)
-            assert anchor in {re.sub(r"[^\w -]", "", h).lower().replace(" ", "-") for h in headings}, anchor
+        headings = re.findall(r"^#+ (.+)$", text, re.MULTILINE)
+        anchors = {re.sub(r"[^\w -]", "", heading).lower().replace(" ", "-") for heading in headings}
+        assert set(re.findall(r"\]\(#([\w-]+)\)", text)) <= anchors
