@@ -968,6 +968,12 @@ def test_a_gpu_gives_the_cpus_pixels_without_a_synchronization(policy, size):
         assert torch.equal(erased, again[3])
 
 
+def test_keyed_generators_repeat_with_their_key_and_differ_between_keys():
+    keys = [(0, "crop", 1, 0), (0, "crop", 1, 1), (0, "crop", 2, 0), (1, "crop", 1, 0), (0, "mix", 1, 0)]
+    draws = [torch.rand(50, generator=augment.keyed_generator(*key)) for key in [*keys, keys[2]]]
+    assert len({draw.numpy().tobytes() for draw in draws}) == len(keys) and torch.equal(draws[5], draws[2])
+
+
 def deal(size, ranks, epoch=0, **settings):
     """The list that the ranks' shares of an epoch were dealt from."""
     shares = []
