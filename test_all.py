@@ -5,6 +5,7 @@ finite differences, a second way of computing. `python -m pytest -q` takes minut
 """
 
 import contextlib
+import dataclasses
 import http.server
 import io
 import itertools
@@ -26,6 +27,7 @@ import zipfile
 from collections import Counter
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -35,6 +37,7 @@ import torchvision
 from PIL import Image, ImageEnhance, ImageFilter, ImageOps
 from torch import nn
 from torch.distributed.run import get_args_parser as torchrun_parser
+from torch.optim.optimizer import register_optimizer_step_post_hook
 
 import augment
 import checkpoint
@@ -44,22 +47,12 @@ import evaluate as measure
 import finetune
 import launch
 import pictures
-import settings
 import train
 from checkpoint import read_checkpoint, torchvision_layout
-from data import (
-    ArraySet,
-    FolderSet,
-    crop_file,
-    draw_shape,
-    draw_shapes,
-    eval_batches,
-    read_image,
-    train_batches,
-)
-from distill import LOSSES, REGNETY, create_teacher, hard_distillation_loss, predict, soft_distillation_loss
+from data import ArraySet, FolderSet, crop_file, draw_shape, draw_shapes, read_image, train_batches
+from distill import LOSSES, REGNETY, create_teacher, hard_distillation_loss, predict
 from launch import UserError
-from model import Attention, Block, DeiT, DropPath, attend, create_model, fuse, load_weights, resize_pos_embed
+from model import Attention, Block, DeiT, DropPath, attend, create_model, fuse, load_weights
 from settings import Settings, build_parser, complete
 from train import build_network, evaluate, load_teacher
 
@@ -118,26 +111,28 @@ def fork(main, words, environment=(), told=os.devnull):
     return process
 
 
-def fork_many(main, words, told=os.devnull, world=2, machines=1):
-    """The same in several processes, as torchrun starts them. All end well; what the first one told."""
+def free_port():
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    local = world // machines
-    common = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": str(world)}
-    common["LOCAL_WORLD_SIZE"] = str(local)
+        return free.getsockname()[1]
+
+
+def fork_two(main, words, told=os.devnull):
+    """The same in two processes, as torchrun starts them. Both end well; what the first one told."""
+    environment = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+    environment |= {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
     started = []
-    for rank in range(world):
-        own = common | {"RANK": str(rank), "LOCAL_RANK": str(rank % local)}
-        started.append(fork(main, words, own, os.devnull if rank else told))
+    for rank in "01":
+        own = environment | {"RANK": rank, "LOCAL_RANK": rank}
+        started.append(fork(main, words, own, told if rank == "0" else os.devnull))
     for process in started:
         process.join(60)
-    assert [process.exitcode for process in started] == [0] * world
+    assert [process.exitcode for process in started] == [0, 0]
     return Path(told).read_text()
 
 
-def run_with(fault=None):
-    """`train.py` with a fault (what, when, signal): the signal comes at the when-th of all calls of what."""
+def run_with(fault=None, main=train.main):
+    """A program with a fault (what, when, signal): the signal comes at the when-th of all calls of what."""
     what, when, number = fault or (None, 0, 0)
     calls = Counter()
 
@@ -156,14 +151,17 @@ def run_with(fault=None):
     places |= {"evaluation": (train, "fuse"), "teacher": (train, "create_teacher"), "link": (os, "link")}
     if what:
         hurt(*places[what])
-    launch.run_program(train.main)
+    launch.run_program(main)
 
 
-def forked(words, fault=None):
-    """Runs train.py with that fault in a process of its own; its exit code."""
-    process = fork(partial(run_with, fault), words)
+def forked(words, fault=None, main=train.main):
+    """Runs a program with that fault in a process of its own; its exit code."""
+    process = fork(partial(run_with, fault, main), words)
     process.join(60)
     return process.exitcode
+
+
+HELD, STREAMED = [(30, 30)], [(50, 40), (30, 60)]  # sizes of pictures
 
 
 def write_folder(root, sizes, classes=("ant", "bee"), splits=("train", "val")):
@@ -180,7 +178,7 @@ def write_folder(root, sizes, classes=("ant", "bee"), splits=("train", "val")):
 
 
 def saved(out, file="last.pth"):
-    return checkpoint.read_checkpoint(Path(out) / file)
+    return read_checkpoint(Path(out) / file)
 
 
 def equal(one, two):
@@ -189,9 +187,9 @@ def equal(one, two):
 
 
 def same_run(one, two):
-    """Whether two runs ended with the same weights, average, optimizer and log, bit for bit."""
+    """Whether two runs ended with the same weights, average, optimizer, scaler and log, bit for bit."""
     first, second = saved(one), saved(two)
-    assert first["progress"] == second["progress"]
+    assert (first["progress"], first["scaler"]) == (second["progress"], second["scaler"])
     assert (Path(one) / "log.jsonl").read_bytes() == (Path(two) / "log.jsonl").read_bytes()
     assert equal(first["model"], second["model"]) and equal(first["ema"] or {}, second["ema"] or {})
     moments = [contents["optimizer"]["state"] for contents in (first, second)]
@@ -201,19 +199,13 @@ def same_run(one, two):
 # ---- The paper: the transformer ----
 
 
-@pytest.mark.parametrize(
-    ("name", "size", "plain", "distilled"),
-    [
-        ("tiny", 224, 5_717_416, 5_910_800),
-        ("small", 224, 22_050_664, 22_436_432),
-        ("base", 224, 86_567_656, 87_338_192),
-        ("base", 384, 86_859_496, 87_630_032),
-    ],
-)
-def test_parameter_counts_are_the_official_ones(name, size, plain, distilled):
-    with torch.device("meta"):
-        models = [create_model(name, distilled=token, img_size=size) for token in (False, True)]
-    assert [sum(p.numel() for p in model.parameters()) for model in models] == [plain, distilled]
+def test_parameter_counts_are_the_official_ones():
+    counts = {("tiny", 224): (5_717_416, 5_910_800), ("small", 224): (22_050_664, 22_436_432)}
+    counts |= {("base", 224): (86_567_656, 87_338_192), ("base", 384): (86_859_496, 87_630_032)}
+    for (name, size), expected in counts.items():
+        with torch.device("meta"):
+            models = [create_model(name, distilled=token, img_size=size) for token in (False, True)]
+        assert tuple(sum(p.numel() for p in model.parameters()) for model in models) == expected
 
 
 def official_state(width=192, tokens=198, distilled=True, patch=16):
@@ -273,17 +265,15 @@ def test_a_block_agrees_with_torchs_pre_norm_encoder_layer():
 def test_gradients_are_finite_differences():
     torch.manual_seed(0)
     model = DeiT(6, 2, depth=2, num_classes=3, img_size=4, patch_size=2, distilled=True).double()
-    names, parameters = zip(*model.named_parameters(), strict=True)
-    for parameter in parameters:
+    named, images = dict(model.named_parameters()), torch.randn(2, 3, 4, 4, dtype=torch.float64)
+    for parameter in named.values():
         nn.init.normal_(parameter, std=0.5)
-    images = torch.randn(2, 3, 4, 4, dtype=torch.float64)
 
     def loss(*values):
-        named = dict(zip(names, values, strict=True))
-        class_logits, dist_logits = torch.func.functional_call(model, named, images)
-        return class_logits.square().sum() + dist_logits.sin().sum()
+        outputs = torch.func.functional_call(model, dict(zip(named, values, strict=True)), images)
+        return outputs[0].square().sum() + outputs[1].sin().sum()
 
-    assert torch.autograd.gradcheck(loss, parameters, fast_mode=True)
+    assert torch.autograd.gradcheck(loss, tuple(named.values()), fast_mode=True)
 
 
 def test_patches_are_read_row_by_row_and_tokens_are_class_distillation_patches():
@@ -297,29 +287,17 @@ def test_patches_are_read_row_by_row_and_tokens_are_class_distillation_patches()
     torch.testing.assert_close(tokens[1, 2 + 1 * 4 + 2], weight @ patch + bias, rtol=1e-4, atol=1e-5)
 
 
-def test_each_head_reads_its_own_token():
+def test_each_head_reads_its_own_token_and_attention_can_be_looked_at():
     model = create_model("tiny", img_size=32, patch_size=16, distilled=True, num_classes=7).eval()
     images = torch.randn(2, 3, 32, 32)
     x = model.embed(images)
-    for block in model.blocks:
+    for block, weights in zip(model.blocks, model.attention_weights(images), strict=True):
+        torch.testing.assert_close(weights, block.attn.weights(block.norm1(x)))
         x = block(x)  # all tokens, where forward computes only those that are read
     x = F.layer_norm(x, (192,), model.norm.weight, model.norm.bias, eps=1e-6)
     expected = tuple(x[:, n] @ h.weight.T + h.bias for n, h in enumerate((model.head, model.head_dist)))
     torch.testing.assert_close(model(images), expected)
     torch.testing.assert_close(model.train()(images), expected)  # without dropout training is the same
-    assert create_model("tiny", num_classes=7)(torch.randn(2, 3, 224, 224)).shape == (2, 7)
-
-
-def test_attention_weights_are_those_that_forward_applies():
-    model = create_model("tiny", img_size=32, patch_size=8, distilled=True).eval()
-    images = torch.randn(2, 3, 32, 32)
-    x, weights = model.embed(images), model.attention_weights(images)
-    assert [w.shape for w in weights] == [(2, 3, 18, 18)] * 12
-    for block, w in zip(model.blocks, weights, strict=True):
-        attn, normed = block.attn, block.norm1(x)
-        applied = (w @ attn.split(normed)[2]).transpose(1, 2).flatten(2)
-        torch.testing.assert_close(attn(normed), attn.proj(applied))
-        x = block(x)
 
 
 def test_initialization_is_a_truncated_normal():
@@ -366,33 +344,16 @@ def test_fused_prediction_adds_the_two_softmaxes():
 
 
 def test_resizing_position_embeddings_is_torchs_bicubic_and_spares_the_prefix_tokens():
-    state, model = official_state(), create_model("tiny", img_size=384, distilled=True)
-    assert load_weights(model, state) == ["pos_embed"]
+    state, model = official_state(), create_model("tiny", img_size=384, num_classes=10, distilled=True)
+    fresh = model.head.weight.clone()
+    heads = ["head.weight", "head.bias", "head_dist.weight", "head_dist.bias"]
+    assert load_weights(model, state) == ["pos_embed", *heads]  # heads of other classes are left
     grid = state["pos_embed"][:, 2:].reshape(14, 14, 192)
     expected = F.interpolate(grid.permute(2, 0, 1)[None], size=(24, 24), mode="bicubic")[0].permute(1, 2, 0)
     assert torch.equal(model.pos_embed[:, :2], state["pos_embed"][:, :2])
     torch.testing.assert_close(model.pos_embed[0, 2:].reshape(24, 24, 192), expected)
-
-
-def test_bicubic_keeps_the_norm_of_position_embeddings_where_bilinear_loses_it():
-    torch.manual_seed(0)
-    rows, columns = torch.meshgrid(torch.arange(14.0), torch.arange(14.0), indexing="ij")
-    angle, phase = 2 * math.pi * torch.rand(2, 192, 1, 1)
-    for wavelength, lost in ((4, 0.15), (6, 0.07)):  # patches; smooth, as trained embeddings are
-        grid = torch.cos((columns * angle.cos() + rows * angle.sin()) * 2 * math.pi / wavelength + phase)
-        bicubic = resize_pos_embed(grid.flatten(1).T[None], 24, 0)[0].norm(dim=1).mean()
-        bilinear = F.interpolate(grid[None], size=(24, 24), mode="bilinear")[0].norm(dim=0).mean()
-        assert abs(bicubic / grid.norm(dim=0).mean() - 1) < 0.03
-        assert bilinear / grid.norm(dim=0).mean() < 1 - lost
-
-
-def test_weights_for_other_classes_leave_the_heads():
-    model, state = create_model("tiny", num_classes=10, distilled=True), official_state()
-    fresh = model.head.weight.clone()
-    heads = ["head.weight", "head.bias", "head_dist.weight", "head_dist.bias"]
-    assert load_weights(model, state) == heads
     assert torch.equal(model.head.weight, fresh)
-    assert torch.equal(model.blocks[11].mlp.fc2.weight, state["blocks.11.mlp.fc2.weight"])
+    assert torch.equal(model.norm.weight, state["norm.weight"])
 
 
 # ---- The paper: distillation ----
@@ -431,38 +392,20 @@ def test_soft_distillation_is_equation_2_and_hard_is_equation_3(name, token, smo
 def test_the_table_of_losses_decides_what_is_trained():
     table = {"none": (False, False), "soft": (True, True), "hard": (True, True), "label": (False, True)}
     assert {name: (loss.teacher, loss.token) for name, loss in LOSSES.items()} == table
-    parser = build_parser("train.py", "")
     for name, (_, token) in table.items():
-        given = vars(parser.parse_args(["--distill", name]))
-        for more, expected in (
-            ({}, token),
-            ({"no_distill_token": True}, False),
-            ({"model": "resnet18"}, False),
-        ):
+        for more in ({}, {"no_distill_token": True}, {"model": "resnet18"}):
             with torch.device("meta"):
-                network = build_network(complete(given | more), 5)
-            assert hasattr(network, "dist_token") == expected
-    with pytest.raises(UserError, match="invalid choice: 'hrad' .*; did you mean hard"):
-        parser.parse_args(["--distill", "hrad"])
-
-
-def test_the_papers_tau_and_lambda_are_the_defaults():
-    z, labels, teacher = torch.randn(6, 5), torch.randint(5, (6,)), torch.randn(6, 5)
-    expected = soft_distillation_loss(z, labels, teacher, 3.0, 0.1)
-    assert torch.equal(soft_distillation_loss(z, labels, teacher), expected)
-    assert torch.equal(LOSSES["soft"].function(z, labels, teacher, Settings()), expected)
+                network = build_network(complete({"distill": name} | more), 5)
+            assert hasattr(network, "dist_token") == (token and not more)
 
 
 def test_losses_of_logits_in_bfloat16_are_computed_in_float32():
-    class_logits, dist_logits, teacher = (3 * torch.randn(6, 5).bfloat16() for _ in range(3))
-    labels = torch.randint(5, (6,))
+    z, labels = 3 * torch.randn(3, 6, 5).bfloat16(), torch.randint(5, (6,))
     for loss in LOSSES.values():
+        expected = loss.function((z[0].double(), z[1].double()), labels, z[2].double(), Settings())
         with torch.autocast("cpu", torch.bfloat16):
-            found = loss.function((class_logits, dist_logits), labels, teacher, Settings())
-        exact = (class_logits.double(), dist_logits.double())
-        expected = loss.function(exact, labels, teacher.double(), Settings())
-        assert found.dtype == torch.float32
-        assert found.item() == pytest.approx(expected.item(), rel=1e-6)
+            found = loss.function((z[0], z[1]), labels, z[2], Settings())
+        torch.testing.assert_close(found, expected.float(), rtol=1e-6, atol=0)
 
 
 def test_gradient_reaches_each_token_from_its_own_label_and_never_the_teacher():
@@ -483,23 +426,14 @@ def test_gradient_reaches_each_token_from_its_own_label_and_never_the_teacher():
 # ---- The paper: teachers ----
 
 
-def test_a_teacher_with_two_heads_speaks_through_their_fusion():
-    teacher = create_model("tiny", num_classes=5, img_size=32, patch_size=16, distilled=True).eval()
-    nn.init.normal_(teacher.head.weight)
-    images = torch.randn(4, 3, 32, 32)
-    torch.testing.assert_close(predict(teacher, images).softmax(1), fuse(teacher(images)))
-
-
-def test_a_teacher_made_for_another_size_sees_resized_inputs(tmp_path):
-    network = create_model("tiny", num_classes=5, img_size=48, patch_size=16).eval()
+def test_a_teacher_with_two_heads_speaks_through_their_fusion_of_inputs_at_its_size(tmp_path):
+    network = create_model("tiny", num_classes=5, img_size=48, patch_size=16, distilled=True).eval()
     nn.init.normal_(network.head.weight)
     torch.save(network.state_dict(), tmp_path / "plain.pth")  # says nothing of sizes: the weights tell
-    teacher, inputs = (
-        create_teacher("tiny", 5, tmp_path / "plain.pth", img_size=32),
-        torch.randn(2, 3, 32, 32),
-    )
+    teacher = create_teacher("tiny", 5, tmp_path / "plain.pth", img_size=32)
+    inputs = torch.randn(2, 3, 32, 32)
     resized = F.interpolate(inputs, (48, 48), mode="bicubic", antialias=True)
-    torch.testing.assert_close(predict(teacher, inputs), network(resized))
+    torch.testing.assert_close(predict(teacher, inputs).softmax(1), fuse(network(resized)))
 
 
 def test_regnets_have_the_published_sizes_and_torchvisions_keys():
@@ -585,113 +519,7 @@ def test_a_teacher_in_the_papers_key_layout_gives_that_networks_logits(tmp_path)
     assert shapes == {key: value.shape for key, value in ours.items()}
 
 
-# ---- The paper: refused ----
-
-
-@pytest.mark.parametrize(
-    ("argument", "value", "message"),
-    [
-        ("name", "huge", "unknown model 'huge'"),
-        ("img_size", 225, "225 is not a multiple of patch size 16; try image size 224"),
-        ("img_size", 8, "try image size 16"),
-        ("img_size", 0, "img_size"),
-        ("patch_size", -4, "patch_size"),
-        ("num_classes", 0, "num_classes"),
-        ("depth", 0, "depth"),
-        ("drop_path", 1.0, "drop_path"),
-        ("dropout", -0.1, "dropout"),
-    ],
-)
-def test_impossible_models_are_refused(argument, value, message):
-    with pytest.raises(ValueError, match=message):
-        create_model(**{"name": "tiny", argument: value})
-
-
-def test_an_image_of_another_size_is_refused():
-    with pytest.raises(ValueError, match=r"takes images \(B, 3, 32, 32\), not \(2, 3, 48, 48\)"):
-        create_model("tiny", img_size=32, patch_size=8)(torch.randn(2, 3, 48, 48))
-
-
-def test_weights_that_do_not_fit_are_refused_by_key_and_shapes():
-    model = create_model("tiny", distilled=True)
-    before = {key: value.clone() for key, value in model.state_dict().items()}
-    misfits = [(official_state(384), r"cls_token is \(1, 1, 384\) .* \(1, 1, 192\)")]
-    misfits += [(official_state(tokens=197, distilled=False), "dist_token is absent")]
-    misfits += [
-        (official_state() | {"fc_norm.weight": torch.ones(192)}, r"fc_norm.weight is \(192,\) .*absent")
-    ]
-    misfits += [(official_state(tokens=199), "pos_embed")]  # 197 patches are no square
-    for state, message in misfits:
-        with pytest.raises(ValueError, match=message):
-            load_weights(model, state)
-    assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
-
-
-def test_teachers_that_do_not_fit_are_told_at_once(tmp_path):
-    state, file = create_teacher("regnet_y_200mf", 5).state_dict(), tmp_path / "t.pth"
-    torch.save({"model": state, "settings": {"model": "regnet_y_200mf", "img_size": 32}}, file)
-    (tmp_path / "text.pth").write_text("not a checkpoint")
-    torch.save([1, 2], tmp_path / "list.pth")
-    mistakes = [("regnet_y_200mf", 6, file, r"fc.weight is \(5, 368\)")]
-    mistakes += [("resnet18", 5, file, "not a resnet18")]
-    mistakes += [("regnet_y_200mf", 5, tmp_path / "none.pth", "there is no file")]
-    mistakes += [("regnet_y_200mf", 5, tmp_path / "text.pth", "is not a checkpoint")]
-    mistakes += [("regnet_y_200mf", 5, tmp_path / "list.pth", "is not a checkpoint that can be read safely")]
-    mistakes += [("regnet_z", 5, None, "unknown network 'regnet_z'")]
-    mistakes += [("regnet_y_4gf", 1000, "published", "torchvision has no weights for regnet_y_4gf")]
-    for name, classes, weights, message in mistakes:
-        with pytest.raises(UserError, match=message):
-            create_teacher(name, classes, weights)
-
-
-def test_a_teacher_with_its_classes_in_another_order_is_refused(tmp_path):
-    state, data = create_teacher("regnet_y_200mf", 10).state_dict(), [draw_shapes("train", 10, 32)] * 2
-    student = complete({"teacher_weights": str(tmp_path / "t.pth")})
-    first, second, third, *rest = own = data[0].classes
-    for classes in (own, [first, third, second, *rest]):
-        settings = {"model": "regnet_y_200mf", "img_size": 32, "classes": classes}
-        torch.save({"model": state, "settings": settings}, tmp_path / "t.pth")
-        if classes is own:
-            assert load_teacher(student, data, CPU).classes == own
-    with pytest.raises(UserError, match="class 1 is 'half' there and 'ring' here"):
-        load_teacher(student, data, CPU)
-
-
-def test_a_damaged_checkpoint_is_recognized_at_any_length_and_any_bit(tmp_path):
-    file, weight, rng = tmp_path / "t.pth", torch.arange(40.0), np.random.default_rng(0)
-    torch.save({"model": {"weight": weight}}, file)
-    whole = file.read_bytes()
-    for length in range(0, len(whole) - 1, 7):
-        file.write_bytes(whole[:length])
-        with pytest.raises(UserError, match="is not a checkpoint") as caught:
-            read_checkpoint(file)
-        assert "\n" not in str(caught.value)
-    for place in rng.integers(0, len(whole), 200):
-        flipped = bytearray(whole)
-        flipped[place] ^= 1 << rng.integers(8)
-        file.write_bytes(flipped)
-        with contextlib.suppress(UserError):  # it is told, or a bit without meaning
-            assert torch.equal(read_checkpoint(file)["model"]["weight"], weight)
-
-
-class Mischief:
-    """Unpickling this would make a file."""
-
-    def __init__(self, path):
-        self.path = path
-
-    def __reduce__(self):
-        return open, (str(self.path), "w")
-
-
-def test_a_checkpoint_that_holds_code_is_refused_and_not_run(tmp_path):
-    torch.save({"model": Mischief(tmp_path / "made")}, tmp_path / "evil.pth")
-    with pytest.raises(UserError, match="cannot be read safely|is not a checkpoint"):
-        read_checkpoint(tmp_path / "evil.pth")
-    assert not (tmp_path / "made").exists()
-
-
-# ---- augment.py ----
+# ---- The paper: augmentation ----
 
 AFFINE, BICUBIC = Image.Transform.AFFINE, Image.Resampling.BICUBIC
 FILLED = dict(resample=BICUBIC, fillcolor=(124, 116, 104))
@@ -778,13 +606,11 @@ def test_operations_on_single_values_are_pillows_and_enhancements_are_within_one
 @pytest.mark.parametrize("name", GEOMETRIC)
 def test_geometric_operations_are_pillows_bicubic_ones(name, samples):
     # Rounding may put a point on the border on its other side, and so a fill pixel where Pillow has none.
-    by_size = {}
-    for difference in away_from_pillow(name, samples):
-        by_size.setdefault(difference.shape[1:].numel(), []).append(difference.amax(dim=0).flatten())
-    for size, differences in by_size.items():
-        pixels = torch.cat(differences)
-        assert (pixels > 1).float().mean() < (2e-3 if size > 100 else 0.02), size
-        assert pixels[pixels <= 1].float().mean() < 0.05, size
+    differences = [difference.amax(dim=0).flatten() for difference in away_from_pillow(name, samples)]
+    for small in (False, True):
+        pixels = torch.cat([pixels for pixels in differences if (len(pixels) <= 100) == small])
+        assert (pixels > 1).float().mean() < (0.02 if small else 2e-3)
+        assert pixels[pixels <= 1].float().mean() < 0.05
     white = torch.full((1, 3, 40, 40), 255, dtype=torch.uint8)
     moved = augment.OPERATIONS[name](white, torch.tensor([RANGES[name][-1]]))
     assert moved[0, :, 39, 39].tolist() == [124, 116, 104]  # the mean color
@@ -801,26 +627,24 @@ def test_each_image_of_a_batch_gets_its_own_operation_and_argument(samples):
         assert torch.equal(result, alone)
 
 
-# What is drawn: 5 standard errors away counts as wrong. Seeds are fixed: no test fails by chance.
+def follows(draws, expected):
+    """Whether draws have a distribution: {value: its share}, or a sample of it.
+
+    Shares may be 5 standard errors away; two samples are compared as Kolmogorov and Smirnov do, at a chance
+    of 1e-5. Seeds are fixed: no test fails by chance.
+    """
+    draws = np.asarray(draws)
+    if isinstance(expected, dict):
+        counts, n = Counter(draws.tolist()), len(draws)
+        return all(abs(counts[k] - n * p) <= 5 * math.sqrt(n * p * (1 - p)) for k, p in expected.items())
+    draws, expected = np.sort(np.ravel(draws)), np.sort(np.ravel(expected))
+    values = np.concatenate([draws, expected])
+    below = [np.searchsorted(x, values, side="right") / len(x) for x in (draws, expected)]
+    return np.abs(below[0] - below[1]).max() < 2.47 * math.sqrt(1 / len(draws) + 1 / len(expected))
 
 
-def is_share(hits, expected):
-    """Whether the share of `hits` (booleans) is `expected`."""
-    hits = torch.as_tensor(hits)
-    return abs(hits.double().mean() - expected) <= 5 * math.sqrt(expected * (1 - expected) / hits.numel())
-
-
-def is_flat(numbers, count):
-    """Whether whole numbers 0..count - 1 come equally often."""
-    return all(is_share(torch.as_tensor(numbers) == k, 1 / count) for k in range(count))
-
-
-def is_like(sample, other):
-    """Whether two samples have one distribution: Kolmogorov and Smirnov's test, at a chance of 1e-5."""
-    sample, other = np.sort(np.ravel(sample)), np.sort(np.ravel(other))
-    values = np.concatenate([sample, other])
-    below = [np.searchsorted(x, values, side="right") / len(x) for x in (sample, other)]
-    return np.abs(below[0] - below[1]).max() < 2.47 * math.sqrt(1 / len(sample) + 1 / len(other))
+def evenly(count):
+    return dict.fromkeys(range(count), 1 / count)
 
 
 def uncorrelated(a, b):
@@ -870,54 +694,45 @@ def drawn(monkeypatch):
     return drawn
 
 
-def test_randaugment_draws_two_of_fifteen_with_replacement_and_applies_half(drawn):
-    (first, _), (second, _) = drawn(augment.RandAugment(), 300_000)
+def test_randaugment_applies_two_of_fifteen_by_half_at_normal_magnitudes_with_a_coins_sign(drawn):
+    (first, one), (second, two) = drawn(augment.RandAugment(), 300_000)
     applied = (first >= 0) & (second >= 0)
-    assert is_share(first >= 0, 0.5) and is_share(second >= 0, 0.5) and is_share(applied, 0.25)
-    assert is_flat(first[first >= 0], 15) and is_flat(second[second >= 0], 15)
-    assert is_flat((15 * first + second)[applied], 225)
-    assert len(drawn(augment.RandAugment(num_ops=3), 1)) == 3
-
-
-def test_randaugments_magnitude_is_normal_about_9_and_clipped_to_0_and_10_its_sign_a_coin(drawn):
-    one, two = (signed for _, signed in drawn(augment.RandAugment(), 200_000))
-    for signed in (one, two):
-        assert is_like(10 * signed.abs(), np.random.default_rng(3).normal(9, 0.5, 200_000).clip(0, 10))
-        assert is_share(signed.abs() == 1, 0.5 * math.erfc(2 / math.sqrt(2))) and is_share(signed > 0, 0.5)
+    assert follows(applied, {True: 0.25}) and follows((15 * first + second)[applied], evenly(225))
+    for op, signed in ((first, one), (second, two)):
+        assert follows(op >= 0, {True: 0.5}) and follows(signed > 0, {True: 0.5})
+        assert follows(10 * signed.abs(), np.random.default_rng(3).normal(9, 0.5, 200_000).clip(0, 10))
         assert uncorrelated(signed.abs(), signed.sign())
     # The two operations of an image are as strong, and point as far, as if the other were not there.
     assert uncorrelated(one.abs(), two.abs()) and uncorrelated(one.sign(), two.sign())
-    for _, signed in drawn(augment.RandAugment(magnitude=0, magnitude_std=1), 50_000):
-        assert is_share(signed == 0, 0.5)
+    (_, signed), *others = drawn(augment.RandAugment(num_ops=3, magnitude=0, magnitude_std=1), 50_000)
+    assert follows(signed == 0, {True: 0.5}) and len(others) == 2
 
 
 def test_autoaugment_draws_sub_policies_evenly_and_applies_each_operation_with_its_probability(drawn):
-    count, expected = 400_000, Counter()
     theirs = torchvision.transforms.AutoAugment(torchvision.transforms.AutoAugmentPolicy.IMAGENET).policies
     # The first and the last of the 25 in the AutoAugment paper's Table 9
     assert len(theirs) == 25 and list(theirs[0]) == [("Posterize", 0.4, 8), ("Rotate", 0.6, 9)]
     assert list(theirs[-1]) == [("Equalize", 0.8, None), ("Equalize", 0.6, None)]
+    expected = Counter()
     for pair in theirs:
-        one, two = ([(None, 1 - p), ((name, level or 0), p)] for name, p, level in pair)
-        for first, p in one:
-            for second, q in two:
-                expected[first, second] += p * q / 25
+        one, two = ([("none", 1 - p), (f"{name} {level or 0}", p)] for name, p, level in pair)
+        for (first, p), (second, q) in itertools.product(one, two):
+            expected[f"{first}, {second}"] += p * q / 25
     seen = []
-    for op, m in drawn(augment.AutoAugment(), count):
-        levels = (10 * m).round().int().tolist()
-        seen.append([(NAMES[k], level) if k >= 0 else None for k, level in zip(op, levels, strict=True)])
-    seen = Counter(zip(*seen, strict=True))
-    assert seen.keys() == {pair for pair, p in expected.items() if p > 0}
-    for pair, p in expected.items():
-        assert abs(seen[pair] - count * p) <= 5 * math.sqrt(count * p * (1 - p)), pair
+    for op, m in drawn(augment.AutoAugment(), 400_000):
+        pairs = zip(op, (10 * m).round().int().tolist(), strict=True)
+        seen.append([f"{NAMES[k]} {level}" if k >= 0 else "none" for k, level in pairs])
+    seen = [f"{first}, {second}" for first, second in zip(*seen, strict=True)]
+    assert set(seen) == {pair for pair, p in expected.items() if p > 0}
+    assert follows(seen, expected)
 
 
 def test_color_jitter_does_its_three_operations_in_any_order_within_its_strength(drawn):
     order, factors = map(torch.stack, zip(*drawn(augment.ColorJitter(), 60_000), strict=True))
-    seen = Counter(tuple(NAMES[k] for k in ops) for ops in order.T.tolist())
-    assert all(set(ops) == {"Brightness", "Contrast", "Color"} for ops in seen)
-    assert len(seen) == 6 and is_flat(np.repeat(np.arange(6), list(seen.values())), 6)
-    assert all(is_like(factor, np.random.default_rng(4).uniform(0.7, 1.3, 200_000)) for factor in factors)
+    orders = itertools.permutations([NAMES.index(name) for name in ("Brightness", "Contrast", "Color")])
+    digits = {int(225 * a + 15 * b + c): 1 / 6 for a, b, c in orders}
+    assert follows(225 * order[0] + 15 * order[1] + order[2], digits)
+    assert all(follows(factor, np.random.default_rng(4).uniform(0.7, 1.3, 200_000)) for factor in factors)
     assert factors.min() >= 0.7 and factors.max() <= 1.3
     assert uncorrelated(factors[0], factors[1]) and uncorrelated(factors[1], factors[2])
 
@@ -926,22 +741,21 @@ def test_half_of_the_images_are_mirrored():
     images = noise(20_000, 3, 2, 4)
     flipped = augment.random_flip(images, generator())
     mirrored = (flipped == torch.from_numpy(images.numpy()[..., ::-1].copy())).flatten(1).all(dim=1)
-    assert is_share(mirrored, 0.5) and torch.equal(flipped[~mirrored], images[~mirrored])
+    assert follows(mirrored, {True: 0.5}) and torch.equal(flipped[~mirrored], images[~mirrored])
 
 
 def test_pad_and_crop_cuts_each_image_out_of_its_own_padding_at_any_offset():
     images = noise(10, 3, 5, 6) | 1  # no black but the padding's
     padded = np.pad(images.numpy(), [(0, 0), (0, 0), (4, 4), (4, 4)])
-    cuts = {(i, y, x): padded[i, :, y : y + 5, x : x + 6] for i, y, x in np.ndindex(10, 9, 9)}
-    windows = {window.tobytes(): (i, 9 * y + x) for (i, y, x), window in cuts.items()}
+    cuts = {padded[i, :, y : y + 5, x : x + 6].tobytes(): (i, 9 * y + x) for i, y, x in np.ndindex(10, 9, 9)}
     which = torch.arange(40_000) % 10
     crops = augment.pad_and_crop(images[which], generator())
-    found = torch.tensor([windows[crop.tobytes()] for crop in crops.numpy()])
-    assert torch.equal(found[:, 0], which) and is_flat(found[:, 1], 81)
+    found = torch.tensor([cuts[crop.tobytes()] for crop in crops.numpy()])
+    assert torch.equal(found[:, 0], which) and follows(found[:, 1], evenly(81))
 
 
-def check_boxes(ours, theirs, height, width, scale, ratio):
-    """That boxes (n, 4) are inside, within the limits and drawn as the others: area, aspect (h/w), place."""
+def check_boxes(ours, theirs, height, width):
+    """That boxes (n, 4) are inside and drawn as the others: area, aspect (h/w), place."""
     ours, theirs = np.asarray(ours, float), np.asarray(theirs, float)
     assert ours.min() >= 0 and (ours[:, :2] + ours[:, 2:] <= [height, width]).all()
 
@@ -949,12 +763,8 @@ def check_boxes(ours, theirs, height, width, scale, ratio):
         place = top / np.maximum(1, height - h), left / np.maximum(1, width - w)
         return [x.round(5) for x in (h * w / height / width, h / w, *place)]
 
-    area, aspect, y, x = measures(*ours.T)
-    slack = 1 + 2 / ours[:, 2:].min()  # whole pixels
-    assert scale[0] / slack <= area.min() and area.max() <= scale[1] * slack
-    assert ratio[0] / slack <= aspect.min() and aspect.max() <= ratio[1] * slack
-    assert all(is_like(*pair) for pair in zip(measures(*ours.T), measures(*theirs.T), strict=True))
-    assert uncorrelated(y, x)
+    assert all(follows(*pair) for pair in zip(measures(*ours.T), measures(*theirs.T), strict=True))
+    assert uncorrelated(*measures(*ours.T)[2:])
 
 
 @pytest.mark.parametrize(("height", "width"), [(224, 224), (100, 400), (300, 200), (32, 32)])
@@ -962,7 +772,7 @@ def test_random_boxes_are_those_of_torchvisions_random_resized_crop(height, widt
     torch.manual_seed(0)
     limits, crop = ((0.08, 1), (3 / 4, 4 / 3)), torchvision.transforms.RandomResizedCrop.get_params
     theirs = [crop(torch.empty(3, height, width), *limits) for _ in range(6_000)]
-    check_boxes(augment.random_boxes(60_000, height, width, generator()), theirs, height, width, *limits)
+    check_boxes(augment.random_boxes(60_000, height, width, generator()), theirs, height, width)
     for long in [(10, 200), (200, 10), (7, 300), (1, 40)]:  # no draw fits: the largest centered box
         largest = torch.tensor(crop(torch.empty(3, *long), *limits))
         assert (augment.random_boxes(50, *long, generator()) == largest).all()
@@ -975,23 +785,16 @@ def soft_pictures(count, height, width):
 
 
 @pytest.mark.parametrize("size", [7, 24, 96])  # shrinks all, shrinks some, enlarges all
-def test_resized_boxes_are_pillows_crop_and_antialiased_bicubic_resize(size):
-    images = soft_pictures(60, 48, 64)
-    boxes = augment.random_boxes(60, 48, 64, generator(1))
-    boxes[:2] = torch.tensor([[0, 0, 48, 64], [47, 63, 1, 1]])  # all of it, one pixel
-    resized = augment.resize_boxes(images, boxes, size)
-    for image, (top, left, h, w), ours in zip(images, boxes.tolist(), resized, strict=True):
+def test_random_crops_are_pillows_crop_and_antialiased_bicubic_resize_of_random_boxes(size):
+    images, boxes = soft_pictures(60, 48, 64), augment.random_boxes(60, 48, 64, generator(1))
+    cropped = augment.random_crop(images, size, generator(1))
+    edges = torch.tensor([[0, 0, 48, 64], [47, 63, 1, 1]])  # all of it, one pixel
+    cropped = torch.cat([cropped, augment.resize_boxes(images[:2], edges, size)])
+    boxes, images = torch.cat([boxes, edges]), torch.cat([images, images[:2]])
+    for image, (top, left, h, w), ours in zip(images, boxes.tolist(), cropped, strict=True):
         crop = to_pillow(image).crop((left, top, left + w, top + h))
         difference = levels_apart(ours, crop.resize((size, size), BICUBIC))
         assert difference.max() <= 2 and difference.float().mean() < 0.25
-
-
-def test_random_crop_pads_at_the_images_own_size_and_resizes_boxes_otherwise():
-    images = noise(40, 3, 24, 24)
-    cropped = augment.random_crop(images, 24, generator())
-    assert torch.equal(cropped, augment.pad_and_crop(images, generator()))
-    boxes = augment.random_boxes(40, 24, 24, generator())
-    assert torch.equal(augment.random_crop(images, 56, generator()), augment.resize_boxes(images, boxes, 56))
 
 
 @pytest.mark.parametrize("shape", [(64, 64, 56), (128, 96, 42), (64, 96, 28), (16, 24, 56), (70, 64, 48)])
@@ -1018,7 +821,7 @@ def test_erasing_happens_with_its_probability_to_a_copy(probability):
     before = inputs.clone()
     outputs = augment.RandomErasing(probability)(inputs, generator())
     assert torch.equal(inputs, before)
-    assert is_share((outputs != inputs).flatten(1).any(dim=1), probability)
+    assert follows((outputs != inputs).flatten(1).any(dim=1), {True: probability})
     assert augment.RandomErasing(probability, inplace=True)(inputs, generator()) is inputs
     assert torch.equal(inputs, outputs)  # and the same generator gives the same noise
     tiny = torch.randn(100, 3, 1, 1)  # no box is smaller than one pixel
@@ -1035,40 +838,19 @@ def test_erased_boxes_are_those_of_torchvisions_random_erasing(height, width):
         rows, columns = np.flatnonzero(picture.any(axis=1)), np.flatnonzero(picture.any(axis=0))
         ours.append((rows[0], columns[0], np.ptp(rows) + 1, np.ptp(columns) + 1))
         assert picture.sum() == ours[-1][2] * ours[-1][3]  # one whole box
-    limits, theirs = ((0.02, 1 / 3), (0.3, 1 / 0.3)), torchvision.transforms.RandomErasing.get_params
-    theirs = [theirs(inputs[0], *limits, [0.0])[:4] for _ in range(6_000)]
-    check_boxes(ours, theirs, height, width, *limits)
-
-
-def test_erasing_goes_to_a_third_of_the_area_and_to_an_aspect_of_03(monkeypatch):
-    real, seen = augment.draw_boxes, []
-    monkeypatch.setattr(augment, "draw_boxes", lambda *limits: seen.append(real(*limits)) or seen[-1])
-    augment.RandomErasing(1)(torch.empty(9_000, 3, 9_000, 9_000, device="meta"), generator())
-    h, w = seen[0][0].T[2:]
-    assert 0.332 < (h * w / 9_000**2).max() < 0.334 and 3.31 < (h / w).max() < 3.34 > (w / h).max() > 3.31
+    erase = torchvision.transforms.RandomErasing.get_params
+    theirs = [erase(inputs[0], (0.02, 1 / 3), (0.3, 1 / 0.3), [0.0])[:4] for _ in range(6_000)]
+    check_boxes(ours, theirs, height, width)
 
 
 def test_erased_pixels_are_normal_each_channel_its_own():
     inputs = torch.full((600, 3, 32, 32), 100.0)
     outputs = augment.RandomErasing(1)(inputs, generator())
     pixels = outputs.permute(0, 2, 3, 1)[(outputs != inputs).all(dim=1)]  # (n, 3)
-    assert len(pixels) > 0.1 * 600 * 1024
     for k in range(3):
-        assert is_like(pixels[:, k], np.random.default_rng(5).normal(size=1_000_000))
+        assert follows(pixels[:, k], np.random.default_rng(5).normal(size=1_000_000))
         assert uncorrelated(pixels[:, k], pixels[:, k - 1]) and uncorrelated(pixels[1:, k], pixels[:-1, k])
-    # Chance repeats a few of the float32 values, a pattern would many.
-    assert len(pixels.unique()) > 0.95 * pixels.numel()
-    again = augment.RandomErasing(1)(inputs, generator(1))
-    assert (outputs == again)[(outputs != inputs) & (again != inputs)].float().mean() < 1e-4
-
-
-def mixes(mix, calls, height, width):
-    """What `calls` calls of `mix` do to ones and zeros: (image 0 of the result (H, W), λ in its target)."""
-    inputs, draws = torch.tensor([1.0, 0.0]).view(2, 1, 1, 1).expand(2, 3, height, width), generator()
-    for _ in range(calls):
-        outputs, targets = mix(inputs, torch.tensor([0, 1]), draws)
-        assert (outputs[0] == outputs[0, 0]).all() and torch.allclose(outputs[1], 1 - outputs[0])
-        yield outputs[0, 0], targets[0, 0].item()
+    assert len(pixels.unique()) > 0.95 * pixels.numel()  # chance repeats a few float32 values
 
 
 @pytest.mark.parametrize(("height", "width"), [(1000, 1000), (300, 800)])
@@ -1079,27 +861,29 @@ def test_cutmixs_box_has_sides_of_the_square_root_and_a_uniform_center(height, w
     for low, high, side in [(boxes[:, 0], boxes[:, 1], height), (boxes[:, 2], boxes[:, 3], width)]:
         half = math.sqrt(1 - lam) * side / 2
         center = np.random.default_rng(7).uniform(0, side, 50_000)
-        assert is_like(low, np.maximum(0, center - half).round())
-        assert is_like(high, np.minimum(side, center + half).round())
+        assert follows(low, np.maximum(0, center - half).round())
+        assert follows(high, np.minimum(side, center + half).round())
         whole = (low > 0) & (high < side)
         assert (np.abs(high - low - 2 * half)[whole] <= 2).all()
     assert uncorrelated(boxes[:, 0] + boxes[:, 1], boxes[:, 2] + boxes[:, 3])
 
 
 def test_mixup_or_cutmix_is_a_fair_coin_and_lambda_is_beta_or_the_area_left():
-    cuts, lams = [], []
-    for pixels, lam in mixes(augment.Mixup(0.8, 50, 2, 0), 3_000, 40, 36):
-        own, other = pixels == 1, pixels == 0
+    mix, draws, cuts, lams = augment.Mixup(0.8, 50, 2, 0), generator(), [], []
+    inputs, labels = torch.tensor([1.0, 0.0]).view(2, 1, 1, 1).expand(2, 3, 40, 36), torch.tensor([0, 1])
+    for _ in range(3_000):
+        outputs, targets = mix(inputs, labels, draws)
+        own, other = outputs[0, 0] == 1, outputs[0, 0] == 0
         cuts.append((own | other).all().item())
+        lams.append(targets[0, 0].item())
         if cuts[-1]:
             rows, columns = other.any(dim=1), other.any(dim=0)
             assert torch.equal(other, rows[:, None] & columns)  # one box, not a ring
             assert rows.int().diff().abs().sum() <= 2 and columns.int().diff().abs().sum() <= 2
-        assert torch.allclose(own.float().mean() if cuts[-1] else pixels, torch.tensor(lam), atol=1e-6)
-        lams.append(lam)
+        assert outputs[0].mean().item() == pytest.approx(lams[-1], abs=1e-5)
     cuts, lams = np.array(cuts), np.array(lams)
-    assert is_share(cuts, 0.5) and uncorrelated(cuts[1:], cuts[:-1])
-    assert is_like(lams[~cuts], np.random.default_rng(8).beta(0.8, 0.8, 50_000))  # each has its own α:
+    assert follows(cuts, {True: 0.5}) and uncorrelated(cuts[1:], cuts[:-1])
+    assert follows(lams[~cuts], np.random.default_rng(8).beta(0.8, 0.8, 50_000))  # each has its own α:
     assert lams[cuts].min() > 0.25  # Beta(50, 50) is narrow
 
 
@@ -1185,9 +969,8 @@ def test_a_gpu_gives_the_cpus_pixels_without_a_synchronization(policy, size):
 
 def test_keyed_generators_repeat_with_their_key_and_differ_between_keys():
     keys = [(0, "crop", 1, 0), (0, "crop", 1, 1), (0, "crop", 2, 0), (1, "crop", 1, 0), (0, "mix", 1, 0)]
-    draws = [torch.rand(50, generator=augment.keyed_generator(*key)) for key in keys]
-    assert len({draw.numpy().tobytes() for draw in draws}) == len(keys)
-    assert torch.equal(torch.rand(50, generator=augment.keyed_generator(*keys[2])), draws[2])
+    draws = [torch.rand(50, generator=augment.keyed_generator(*key)) for key in [*keys, keys[2]]]
+    assert len({draw.numpy().tobytes() for draw in draws}) == len(keys) and torch.equal(draws[5], draws[2])
 
 
 def deal(size, ranks, epoch=0, **settings):
@@ -1202,27 +985,21 @@ def deal(size, ranks, epoch=0, **settings):
 
 
 @pytest.mark.parametrize("size", [5, 100, 255, 256, 1000, 1300])
-@pytest.mark.parametrize("ranks", [1, 2, 3])
-def test_repeated_augmentation_shows_a_third_of_the_images_three_times_in_a_row(size, ranks):
-    dealt = deal(size, ranks)
-    kept = size // 256 * 256 // ranks if size >= 256 else size // ranks
-    assert len(dealt) == kept * ranks and dealt.min() >= 0 and dealt.max() < size
-    shown = dealt[::3]
-    assert np.array_equal(dealt, np.repeat(shown, 3)[: len(dealt)])
-    assert len(set(shown.tolist())) == len(shown) == math.ceil(len(dealt) / 3)
+@pytest.mark.parametrize(("ranks", "repeats"), [(1, 3), (2, 3), (3, 3), (1, 1), (3, 1)])
+def test_repeated_augmentation_shows_a_third_of_the_images_three_times_in_a_row(size, ranks, repeats):
+    dealt = deal(size, ranks, num_repeats=repeats)
+    used = size // 256 * 256 if size >= 256 and repeats > 1 else size
+    assert len(dealt) == used // ranks * ranks and dealt.min() >= 0 and dealt.max() < size
+    shown = dealt[::repeats]
+    assert np.array_equal(dealt, np.repeat(shown, repeats)[: len(dealt)])
+    assert len(set(shown.tolist())) == len(shown) == math.ceil(len(dealt) / repeats)
 
 
 def test_each_epoch_and_seed_has_a_shuffle_of_its_own():
     orders = [deal(600, 2, epoch, seed=seed) for epoch, seed in [(0, 0), (1, 0), (2, 0), (0, 1)]]
     assert len({order.tobytes() for order in orders}) == 4
     assert np.array_equal(deal(600, 2, 1), orders[1])
-    assert is_like(np.concatenate([deal(600, 1, epoch)[::3] for epoch in range(100)]), np.arange(600))
-
-
-@pytest.mark.parametrize("ranks", [1, 2, 3])
-def test_a_single_repeat_is_a_plain_shuffle(ranks):
-    dealt = deal(1000, ranks, num_repeats=1).tolist()
-    assert len(set(dealt)) == len(dealt) == 1000 // ranks * ranks and dealt != sorted(dealt)
+    assert follows(np.concatenate([deal(600, 1, epoch)[::3] for epoch in range(100)]), np.arange(600))
 
 
 @pytest.mark.parametrize(("size", "ranks", "rank", "repeats"), [(0, 1, 0, 3), (9, 2, 2, 3), (9, 1, 0, 0)])
@@ -1235,7 +1012,7 @@ def test_samplers_that_cannot_be_are_refused(size, ranks, rank, repeats):
 
 
 def test_the_imagenet_recipe_is_table_9():
-    s = settings.complete({"data": "imagenet"})
+    s = complete({"data": "imagenet"})
     table = dict(
         epochs=300, batch_size=1024, optimizer="adamw", lr=0.0005, weight_decay=0.05, warmup_epochs=5
     )
@@ -1244,10 +1021,12 @@ def test_the_imagenet_recipe_is_table_9():
     table |= dict(warmup_lr=1e-6, min_lr=1e-5, tau=3.0, lam=0.1, img_size=224, patch_size=16, depth=12)
     table |= dict(teacher="regnet_y_16gf", teacher_weights="published")
     assert {name: getattr(s, name) for name in table} == table
+    for given, expected in (({}, 2), ({"warmup_epochs": 7.0}, 7)):  # a short run: a tenth of it
+        assert complete({"data": "imagenet", "epochs": 20} | given).warmup_epochs == expected
 
 
 def test_learning_rate_is_torchs_cosine_from_step_0_whose_start_a_linear_warm_up_replaces():
-    s = settings.complete({"data": "imagenet"})
+    s = complete({"data": "imagenet"})
     peak = 0.0005 * 1024 / 512
     rates = [train.learning_rate(step, 100, 20, s) for step in range(101)]
     np.testing.assert_allclose(rates[:20], np.linspace(1e-6, peak, 21)[:20])
@@ -1259,15 +1038,9 @@ def test_learning_rate_is_torchs_cosine_from_step_0_whose_start_a_linear_warm_up
         schedule.step()
 
 
-def test_a_short_run_warms_up_for_a_tenth_of_it_unless_told_otherwise():
-    assert settings.complete({"data": "imagenet"}).warmup_epochs == 5
-    assert settings.complete({"data": "imagenet", "epochs": 20}).warmup_epochs == 2
-    assert settings.complete({"data": "imagenet", "epochs": 20, "warmup_epochs": 7.0}).warmup_epochs == 7
-
-
 def test_weight_decay_spares_biases_norms_tokens_and_position_embeddings():
-    model = train.build_network(settings.Settings(distill="hard"), 10)
-    decayed, spared = train.build_optimizer(model, settings.Settings()).param_groups
+    model = build_network(Settings(distill="hard"), 10)
+    decayed, spared = train.build_optimizer(model, Settings()).param_groups
     assert (decayed["weight_decay"], spared["weight_decay"]) == (0.05, 0.0)
     kept = {id(p) for p in spared["params"]}
     names = {name for name, p in model.named_parameters() if id(p) in kept}
@@ -1279,25 +1052,23 @@ def test_weight_decay_spares_biases_norms_tokens_and_position_embeddings():
 def test_the_moving_average_starts_from_the_initial_weights(tmp_path, monkeypatch):
     seen = []
 
-    class Watched(torch.optim.AdamW):
-        def step(self, *arguments):
-            super().step(*arguments)
-            seen.append([p.detach().clone() for group in self.param_groups for p in group["params"]])
+    def watch(optimizer, *_):
+        seen.append([p.detach().clone() for group in optimizer.param_groups for p in group["params"]])
 
-    monkeypatch.setattr("torch.optim.AdamW", Watched)
+    hook = register_optimizer_step_post_hook(watch)
     assert run_train(monkeypatch, *flags(QUICK | {"ema": 0.8, "out": tmp_path / "run"})) == 0
-    s = settings.complete(QUICK)
-    network = train.build_network(s, 10)
+    hook.remove()
+    s = complete(QUICK)
+    network = build_network(s, 10)
     order = [p for group in train.build_optimizer(network, s).param_groups for p in group["params"]]
     with torch.no_grad():
-        for weights in seen:
-            for average, weight in zip(order, weights, strict=True):
-                average.copy_(0.8 * average + 0.2 * weight)
+        for average, weight in (pair for weights in seen for pair in zip(order, weights, strict=True)):
+            average.copy_(0.8 * average + 0.2 * weight)
     for key, value in saved(tmp_path / "run")["ema"].items():
         torch.testing.assert_close(value, network.state_dict()[key])
 
 
-# ---- The paper: another resolution, and transfer ----
+# ---- The paper: resolution and transfer ----
 
 OFFICIAL_TINY = {"data": "imagenet", "data_path": "data", "classes": None, "num_classes": 1000}
 OFFICIAL_TINY |= {"model": "tiny", "img_size": 224, "patch_size": 16, "depth": 12, "distill": "hard"}
@@ -1314,8 +1085,7 @@ def test_higher_resolution_of_imagenet_is_the_papers_recipe():
     table |= dict(weight_decay=1e-8, warmup_epochs=5, drop_path=0, distill="hard", teacher="regnet_y_16gf")
     table |= dict(augment="randaugment", mixup=0.8, cutmix=1.0, erasing=0.25, smoothing=0.1, repeats=3)
     assert tuned({}).items() >= table.items()
-    s = finetune.finetune_settings({"checkpoint": "deit_tiny_distilled"}, OFFICIAL_TINY)
-    rates = [train.learning_rate(step, 1000, 100, s) for step in range(100, 1001)]
+    rates = [train.learning_rate(step, 1000, 100, Settings(**table)) for step in range(100, 1001)]
     assert set(rates) == {5e-6}  # constant after the warm-up
     assert tuned({"epochs": 3})["warmup_epochs"] == pytest.approx(0.3)
 
@@ -1334,13 +1104,14 @@ def test_transfer_has_the_authors_recipe_and_a_short_one(name):
     assert tuned(short | {"optimizer": "sgd", "lr": 0.1})["lr"] == 0.1
 
 
+ADAPTED = {"num_classes": 3, "img_size": 16, "patch_size": 8, "depth": 2}
+
+
 def test_a_distillation_token_that_is_added_starts_as_the_class_token():
-    sizes = {"num_classes": 3, "img_size": 16, "patch_size": 8, "depth": 2}
-    plain, network = create_model("tiny", **sizes), create_model("tiny", **sizes, distilled=True)
+    plain, network = (create_model("tiny", distilled=token, **ADAPTED) for token in (False, True))
     fresh = network.dist_token.detach().clone()
     assert finetune.adapt(plain.state_dict(), network, True)[0].startswith("a distillation token is added")
-    torch.testing.assert_close(network.dist_token, plain.cls_token + fresh)
-    assert not torch.equal(network.dist_token, network.cls_token)  # or they would learn the same for ever
+    torch.testing.assert_close(network.dist_token, plain.cls_token + fresh)  # or both would learn the same
     with torch.no_grad():
         network.dist_token.copy_(network.cls_token)
     first, second = network.eval()(torch.randn(4, 3, 16, 16))
@@ -1348,28 +1119,12 @@ def test_a_distillation_token_that_is_added_starts_as_the_class_token():
 
 
 def test_a_distillation_token_that_is_dropped_leaves_the_rest_as_it_was():
-    sizes = {"num_classes": 3, "img_size": 16, "patch_size": 8, "depth": 2}
-    network, distilled = create_model("tiny", **sizes), create_model("tiny", **sizes, distilled=True)
+    network, distilled = (create_model("tiny", distilled=token, **ADAPTED) for token in (False, True))
     assert finetune.adapt(distilled.state_dict(), network, True) == ["the distillation token is dropped"]
     images, tokens = torch.randn(2, 3, 16, 16), [n for n in range(6) if n != 1]
     torch.testing.assert_close(network.embed(images), distilled.embed(images)[:, tokens])
     theirs = distilled.state_dict()
     assert all(torch.equal(p, theirs[key]) for key, p in network.state_dict().items() if key != "pos_embed")
-
-
-def test_fine_tuning_starts_from_the_runs_weights_at_the_new_size(tmp_path, monkeypatch, capsys):
-    monkeypatch.chdir(tmp_path)
-    assert run_train(monkeypatch, *flags(QUICK | {"epochs": 1})) == 0
-    before = saved("runs/shapes-tiny-none")["model"]
-    # without --checkpoint: the newest run; at a learning rate of (nearly) 0 the weights stay
-    assert run_finetune(monkeypatch, *flags({"epochs": 1, "lr": 0, "batch_size": 16})) == 0
-    after = saved("runs/shapes-tiny-none-24px")["model"]
-    assert (before.pop("pos_embed").shape, after.pop("pos_embed").shape) == ((1, 5, 192), (1, 10, 192))
-    for key, value in before.items():
-        torch.testing.assert_close(after[key], value, rtol=0, atol=1e-4)
-    printed = capsys.readouterr().out
-    assert "before, at 16 pixels: class" in printed
-    assert "position embeddings are resized\nat the start, at 24 pixels: class" in printed
 
 
 def test_a_teacher_is_brought_to_the_new_size_by_the_same_program(tmp_path, monkeypatch, capsys):
@@ -1402,33 +1157,30 @@ def save_official(path, **options):
 @pytest.mark.parametrize("distill", ["label", "none"])
 def test_an_official_file_transfers_to_a_folder_of_pictures(tmp_path, monkeypatch, capsys, distill):
     monkeypatch.chdir(tmp_path)
-    write_folder(tmp_path / "data", [(50, 40), (30, 60)])
-    write_folder(tmp_path / "pets", [(50, 40), (30, 60)], ("cat", "dog"))
+    write_folder(tmp_path / "data", STREAMED)
+    write_folder(tmp_path / "pets", STREAMED, ("cat", "dog"))
     official = save_official("official.pth", distilled=distill == "label")  # 1000 classes
-    names = ("classes", "img_size", "distill", "model", "patch_size")
 
-    def run(start, out, **more):
+    def run(start, out, expected, **more):
         words = {"checkpoint": start, "epochs": 1, "batch_size": 4, "lr": 1e-9, "min_lr": 0, "warmup_lr": 0}
-        words |= {"workers": 0, "out": out}
-        assert run_finetune(monkeypatch, *flags(words | more)) == 0
-        return [saved(out)["settings"][name] for name in names], capsys.readouterr().out
+        assert run_finetune(monkeypatch, *flags(words | {"workers": 0, "out": out} | more)) == 0
+        names = ("classes", "img_size", "distill", "model", "patch_size")
+        assert [saved(out)["settings"][name] for name in names] == [*expected, distill, "tiny", 16]
+        return capsys.readouterr().out
 
-    found, printed = run("official.pth", "run", data="folder", data_path="data")
-    assert found == [["ant", "bee"], 32, distill, "tiny", 16]
+    told = run("official.pth", "run", (["ant", "bee"], 32), data="folder", data_path="data")
     for key, value in official.state_dict().items():
         if key.startswith("head"):
             assert saved("run")["model"][key].shape == (2, *value.shape[1:])
         else:
             torch.testing.assert_close(saved("run")["model"][key], value, rtol=0, atol=1e-6)
-    assert "official.pth: new heads for 2 classes\n" in printed
-    assert "before" not in printed  # its heads say nothing of these classes
+    assert "official.pth: new heads for 2 classes\n" in told
+    assert "before" not in told  # its heads say nothing of these classes
     # and goes on from there: to as many other classes, or at another resolution with its own
-    found, printed = run("run/last.pth", "other", data="folder", data_path="pets", recipe="paper")
-    assert "run/last.pth: new heads for 2 classes\n" in printed
-    assert found == [["cat", "dog"], 32, distill, "tiny", 16]
-    found, printed = run("run/last.pth", "higher")
-    assert "before, at 32 pixels: class" in printed
-    assert found == [["ant", "bee"], 48, distill, "tiny", 16]
+    pets = dict(data="folder", data_path="pets", recipe="paper")
+    told = run("run/last.pth", "other", (["cat", "dog"], 32), **pets)
+    assert "run/last.pth: new heads for 2 classes\n" in told
+    assert "before, at 32 pixels: class" in run("run/last.pth", "higher", (["ant", "bee"], 48))
 
 
 def test_a_published_convnet_learns_own_classes_and_then_teaches_them(tmp_path, monkeypatch, capsys):
@@ -1457,7 +1209,7 @@ def test_imagenets_own_weights_keep_their_heads(tmp_path, monkeypatch, capsys):
     save_official("three.pth", num_classes=3)
     words = {"data_path": "data", "epochs": 1, "batch_size": 4, "workers": 0, "img_size": 48, "out": "run"}
     assert run_finetune(monkeypatch, *flags(words | {"checkpoint": "two.pth"})) == 0
-    s = settings.Settings(data="imagenet", img_size=32, workers=0)
+    s = Settings(data="imagenet", img_size=32, workers=0)
     before = train.evaluate(official, data.load_data(s, CPU, ("val",))[0], s, CPU)
     printed = capsys.readouterr().out
     assert f"before, at 32 pixels: {train.accuracy_line(before)}\n" in printed
@@ -1469,17 +1221,17 @@ def test_imagenets_own_weights_keep_their_heads(tmp_path, monkeypatch, capsys):
     assert "three.pth: new heads for 2 classes; position embeddings are resized\n" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize(("trained", "optimizer"), [("head", "sgd"), ("attention", "adamw")])
-def test_what_is_frozen_stays_to_the_last_bit(tmp_path, monkeypatch, trained, optimizer):
+@pytest.mark.parametrize(
+    ("trained", "pattern", "optimizer", "lr"),
+    [("head", "^head", "sgd", 1.0), ("attention", r"^head|\.attn\.|^pos_embed$", "adamw", 0.02)],
+)
+def test_what_is_frozen_stays_to_the_last_bit(tmp_path, monkeypatch, trained, pattern, optimizer, lr):
     monkeypatch.chdir(tmp_path)
     assert run_train(monkeypatch, *flags(QUICK | {"epochs": 1, "distill": "label"})) == 0
-    before = saved("runs/shapes-tiny-label")["model"]
     words = PLAIN | {"img_size": 16, "epochs": 2, "batch_size": 16, "train": trained, "optimizer": optimizer}
-    words |= {"ema": 0.9, "lr": 0.02 if optimizer == "adamw" else 1.0, "out": "tuned"}
-    assert run_finetune(monkeypatch, *flags(words)) == 0
-    pattern = {"head": "^head", "attention": r"^head|\.attn\.|^pos_embed$"}[trained]
-    for part in ("model", "ema"):
-        after = saved("tuned")[part]
+    assert run_finetune(monkeypatch, *flags(words | {"ema": 0.9, "lr": lr, "out": "tuned"})) == 0
+    before, tuned = saved("runs/shapes-tiny-label")["model"], saved("tuned")
+    for after in (tuned["model"], tuned["ema"]):
         changed = {key for key, value in before.items() if not torch.equal(value, after[key])}
         assert changed == {key for key in before if re.search(pattern, key)}
     losses = [record["loss"] for record in checkpoint.read_log(Path("tuned"))]
@@ -1504,7 +1256,7 @@ def save_network(path, classes, distilled=True):
 
 
 def inputs_of(path, size=16):
-    return augment.normalize(data.crop_file(data.read_image(path), size, None)[None])
+    return augment.normalize(crop_file(read_image(path), size, None)[None])
 
 
 @pytest.fixture
@@ -1524,11 +1276,10 @@ def test_accuracy_is_the_share_of_right_images_on_one_process_and_on_two(insects
         pairs = [model(inputs_of(file)) for file in files]
     heads = {"class": torch.cat([a for a, _ in pairs]), "distillation": torch.cat([b for _, b in pairs])}
     heads["fused"] = heads["class"].softmax(1) + heads["distillation"].softmax(1)
-    told = ["", ""]
-    for head, scores in heads.items():
-        order = scores.topk(5).indices == labels[:, None]
-        told[0] += f"  {head} {100 * order[:, 0].float().mean():.2f} %"
-        told[1] += f"  {head} {100 * order.any(1).float().mean():.2f} %"
+    told = {1: "  top-1", 5: "  top-5"}
+    for (head, scores), k in itertools.product(heads.items(), told):
+        right = (scores.topk(k).indices == labels[:, None]).any(1)
+        told[k] += f"  {head} {100 * right.float().mean():.2f} %"
     (path / "images/train/elk").mkdir(parents=True)  # what lies beside the folder has no say
     (path / "images/val").rename(path / "images/shots")
     words = ["accuracy", path / "net.pth", "--val", path / "images/shots", "--per-class", "--device", "cpu"]
@@ -1536,11 +1287,11 @@ def test_accuracy_is_the_share_of_right_images_on_one_process_and_on_two(insects
     alone = capsys.readouterr().out
     lines = alone.splitlines()
     assert lines[0].endswith(f"net.pth: 11 images of {path}/images/shots")
-    assert lines[1:3] == [f"  top-1{told[0]}", f"  top-5{told[1]}"]
+    assert lines[1:3] == list(told.values())
     right = (heads["fused"].argmax(1) == labels)[labels == 3].double().mean()
     assert [line.split()[0::4] for line in lines[4:]] == [["6", "ant"], ["5", "bee"]]
     assert lines[5].split()[3] == f"{100 * right:.2f}"
-    assert fork_many(partial(launch.run_program, measure.main), words, path / "told") == alone
+    assert fork_two(partial(launch.run_program, measure.main), words, path / "told") == alone
 
 
 def test_of_equal_scores_the_class_of_lower_index_comes_first(monkeypatch):
@@ -1569,16 +1320,14 @@ def test_evaluate_repeats_the_accuracy_that_training_ended_with(tmp_path, monkey
 
 def test_imagenet_real_takes_any_of_an_images_labels_and_skips_images_without(insects, monkeypatch, capsys):
     path, model = insects
-    files = [path / "images/val/ant" / f"ILSVRC2012_val_0000000{n}.png" for n in (4, 1, 3)]
+    shutil.rmtree(path / "images/val/bee")
+    files = [path / "images/val/ant" / f"ILSVRC2012_val_0000000{n}.png" for n in range(1, 7)]
     for number, file in enumerate(files):
         (path / "images/val/ant" / f"{number}.png").rename(file)
-    for other in (path / "images/val").rglob("?.png"):
-        other.unlink()
-    (path / "images/val/bee").rmdir()
     with torch.no_grad():
-        four, one, three = (int(model(inputs_of(file))[0].argmax()) for file in files)
-    # image 1 is wrong, 2 is not there, 3 has no label, 4 has two and one is what the class head says
-    real = [[(one + 1) % 7], [0], [], [(four + 1) % 7, four]]
+        first, _, _, fourth, *_ = (int(model(inputs_of(file))[0].argmax()) for file in files)
+    # image 1 is wrong, 4 has two labels of which one is what the class head says, the others have none
+    real = [[(first + 1) % 7], [], [], [(fourth + 1) % 7, fourth], [], []]
     (path / "real.json").write_text(json.dumps(real))
     words = ["accuracy", path / "net.pth", "--val", path / "images/val", "--real", path / "real.json"]
     assert run_evaluate(monkeypatch, *words) == 0
@@ -1600,22 +1349,21 @@ def test_classes_go_by_name_then_by_number_then_by_place():
     assert indices(["1", "10", "2"], 3, ["1", "10", "2"]) == [0, 1, 2]  # a data set whose names are numbers
     assert indices(None, 12, ["0", "1", "10", "11", "2"]) == [0, 1, 10, 11, 2]  # ImageNet-V2
     assert indices(imagenet, 1000, ["1", "999", "5"]) == [1, 999, 5]
-    assert indices(None, 2, ["x", "y"]) == [0, 1]
     assert indices(None, 1000, imagenet) == list(range(1000))
-    with pytest.raises(UserError, match="net.pth knows ImageNet's 1000 classes; .* others: 'x0'"):
-        indices(None, 1000, [f"x{i}" for i in range(1000)])
     for classes, count, names in ((["a", "b"], 2, ["0", "1"]), (None, 3, ["3"]), (["a", "b"], 2, ["a", "z"])):
         with pytest.raises(UserError, match="net.pth knows"):
             indices(classes, count, names)
+    with pytest.raises(UserError, match="net.pth knows ImageNet's 1000 classes; .* others: 'x0'"):
+        indices(None, 1000, [f"x{i}" for i in range(1000)])
 
 
 def test_compare_is_table_4_with_a_row_for_the_truth_and_each_head(tmp_path, monkeypatch, capsys):
     truth, first, second = [0, 1, 2, 0, 1, 2], [0, 1, 2, 0, 0, 0], [1, 1, 2, 0, 2, 0]
     expected = torch.tensor([[0, 2, 3], [2, 0, 2], [3, 2, 0]]) / 6
     torch.testing.assert_close(measure.disagreement(torch.tensor([truth, first, second])).float(), expected)
-    for name, distilled in (("a", False), ("b", True)):
-        save_network(tmp_path / name / "last.pth", list(data.SHAPES), distilled)
-    words = [tmp_path / "a/last.pth", tmp_path / "b/last.pth", "--device", "cpu"]
+    words = [tmp_path / f"{name}/last.pth" for name in "ab"] + ["--device", "cpu"]
+    for n in (0, 1):
+        save_network(words[n], list(data.SHAPES), distilled=n == 1)
     assert run_evaluate(monkeypatch, "compare", *words) == run_evaluate(monkeypatch, "accuracy", *words) == 0
     lines = capsys.readouterr().out.splitlines()
     rows = [re.fullmatch(r"(\d) (.*?)  +([\d. ]+)", line).groups() for line in lines[2:7]]
@@ -1627,8 +1375,6 @@ def test_compare_is_table_4_with_a_row_for_the_truth_and_each_head(tmp_path, mon
     save_network(tmp_path / "c.pth", ["x", "y"])
     assert run_evaluate(monkeypatch, "compare", words[0], tmp_path / "c.pth") == 2
     assert "knows 2 other classes; the data set has 'circle'" in one_line(capsys)
-    names = measure.short_names(["runs/a/last.pth", "runs/b/last.pth", "deit_tiny", "x/a/best.pth"])
-    assert names == ["a", "b", "deit_tiny", "best.pth"]
 
 
 def test_token_cosines_are_those_of_the_embeddings_after_each_block(tmp_path, monkeypatch, capsys):
@@ -1675,18 +1421,15 @@ def test_throughput_tells_rates_and_the_share_of_the_peak(monkeypatch, capsys, m
 
 
 def test_the_largest_batch_is_the_largest_power_of_two_that_fits(monkeypatch):
-    for name in ("synchronize", "empty_cache"):
-        monkeypatch.setattr(torch.cuda, name, lambda *_: None)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda *_: None)
 
-    def ready(batch):
-        def act():
-            if batch > 200:
-                raise torch.OutOfMemoryError
+    def run(batch):
+        if batch > 200:
+            raise torch.OutOfMemoryError
 
-        return act
-
-    assert measure.largest_batch(ready, torch.device("cuda")) == 128
-    assert measure.largest_batch(ready, CPU) == 16
+    for device, largest in (("cuda", 128), ("cpu", 16)):
+        found = measure.largest_batch(lambda batch: partial(run, batch), torch.device(device))
+        assert found == largest
 
 
 @pytest.mark.parametrize("distilled", [False, True])
@@ -1696,336 +1439,15 @@ def test_attention_maps_are_the_prefix_tokens_softmax_over_the_patches_and_their
     model = create_model("tiny", distilled=distilled, **sizes).eval()
     for block in model.blocks:
         block.attn.qkv.weight.data.mul_(8)
-    inputs, rows, prefix = torch.randn(2, 3, 24, 24), [], 2 if distilled else 1
-    x = model.embed(inputs)
-    for block in model.blocks:
-        q, k = block.attn.qkv(block.norm1(x)).reshape(2, -1, 3, 3, 64)[:, :, :2].permute(2, 0, 3, 1, 4)
-        rows.append(torch.exp(q @ k.mT / 8) / torch.exp(q @ k.mT / 8).sum(-1, keepdim=True))
-        x = block(x)
-    heads, rollout = pictures.attention_maps(model, inputs, layer=5)
-    patches = rows[4][:, :, :prefix, prefix:]
-    patches = (patches / patches.sum(-1, keepdim=True)).transpose(1, 2).unflatten(-1, (3, 3))
-    torch.testing.assert_close(heads, patches, rtol=1e-4, atol=1e-6)
-    product = torch.eye(9 + prefix)
+    inputs, prefix, rollout = torch.randn(2, 3, 24, 24), 1 + distilled, torch.eye(10 + distilled)
+    rows = model.attention_weights(inputs)
     for row in rows[:5]:  # later layers multiply from the left
-        product = torch.matmul(0.5 * row.mean(1) + 0.5 * torch.eye(9 + prefix), product)
-    rolled = product[:, :prefix, prefix:]
-    rolled = (rolled / rolled.sum(-1, keepdim=True)).unflatten(-1, (3, 3))
-    torch.testing.assert_close(rollout, rolled, rtol=1e-4, atol=1e-6)
-
-
-# ---- The data ----
-
-
-def load(name, path, size, splits=("train", "val"), **more):
-    return data.load_data(Settings(data=name, data_path=str(path), img_size=size, **more), CPU, splits)
-
-
-def test_shapes_depend_on_seed_split_and_index_alone():
-    image, label = draw_shape(0, "train", 13, 32)
-    assert (image.size, image.mode, label) == ((32, 32), "RGB", 3)
-    keys = ((0, "train", 13), (1, "train", 13), (0, "val", 13), (0, "train", 23))
-    drawn = [draw_shape(*key, 32)[0].tobytes() for key in keys]
-    assert image.tobytes() == drawn[0] and len(set(drawn)) == 4
-    thirty = draw_shapes("val", 30, 48)
-    assert (thirty.images.shape, thirty.images.dtype) == ((30, 3, 48, 48), torch.uint8)
-    assert thirty.labels.bincount().tolist() == [3] * 10
-
-
-def test_shapes_have_easy_cues_that_tell_half_of_the_images():
-    """The hue of the brightest pixels is near the class's own much more often than by chance."""
-    near = []
-    for index in range(600):
-        image, label = draw_shape(0, "train", index, 32)
-        hue, saturation, value = np.asarray(image.convert("HSV")).reshape(-1, 3).T.astype(float)
-        brightest = value * saturation >= np.quantile(value * saturation, 0.9)
-        near.append(abs((np.median(hue[brightest]) / 256 - label / 10 + 0.5) % 1 - 0.5) < 0.08)
-    assert 0.35 < np.mean(near) < 0.75  # by chance 0.16
-
-
-def test_a_folder_of_equal_small_images_is_held_and_another_is_streamed(tmp_path):
-    held = load("folder", write_folder(tmp_path / "a", [(20, 20)]), 20)[0]
-    streamed = load("folder", write_folder(tmp_path / "b", [(50, 40), (30, 60)]), 20)[0]
-    assert isinstance(held, ArraySet) and isinstance(streamed, FolderSet)
-    assert held.classes == streamed.classes == ["ant", "bee"]
-    assert held.labels.tolist() == streamed.labels == [0] * 6 + [1] * 6
-    with Image.open(tmp_path / "a/train/bee/2.png") as image:
-        assert torch.equal(held.images[8], torch.from_numpy(np.array(image)).permute(2, 0, 1))
-    few, _ = load("folder", tmp_path / "b", 20, limit=4)  # evenly spread, so of all classes
-    assert few.paths == streamed.paths[::3] and few.labels == [0, 0, 1, 1]
-
-
-def collect(part, count, start=0, **changed):
-    """`count` batches from step `start` on: of 4 images of 24 pixels, unless `changed` says otherwise."""
-    s = Settings(**{"img_size": 24, "batch_size": 4, "repeats": 1, "workers": 0, "seed": 5} | changed)
-    return list(itertools.islice(train_batches(part, s, start, CPU), count))
-
-
-@pytest.mark.parametrize("sizes", [[(50, 40), (30, 60)], [(30, 30)]], ids=["streamed", "held"])
-def test_a_stream_of_batches_continues_from_anywhere_with_any_number_of_workers(tmp_path, sizes):
-    part = load("folder", write_folder(tmp_path, sizes), 24)[0]
-    whole = collect(part, 8)  # 12 images, 3 batches an epoch
-    assert all(images.shape == (4, 3, 24, 24) and images.dtype == torch.uint8 for images, _ in whole)
-    for epoch in (0, 3):
-        labels = torch.cat([labels for _, labels in whole[epoch : epoch + 3]])
-        assert sorted(labels.tolist()) == [0] * 6 + [1] * 6
-    assert not torch.equal(whole[0][0], whole[3][0])
-    for start, workers in ((0, 2), (4, 0), (5, 2)):
-        again = collect(part, 8 - start, start, workers=workers)
-        for (a, x), (b, y) in zip(whole[start:], again, strict=True):
-            assert torch.equal(a, b) and torch.equal(x, y)
-
-
-def test_the_processes_of_a_step_share_what_one_process_would_take(monkeypatch):
-    part, two = draw_shapes("train", 24, 24), []
-    one = collect(part, 4, augment="off")
-    for rank in "01":
-        monkeypatch.setenv("RANK", rank)
-        monkeypatch.setenv("WORLD_SIZE", "2")
-        two.append(collect(part, 4, augment="off"))
-    for (images, labels), *shares in zip(one, *two, strict=True):
-        assert torch.equal(images, torch.stack([share[0] for share in shares], dim=1).flatten(0, 1))
-        assert torch.equal(labels, torch.stack([share[1] for share in shares], dim=1).flatten(0, 1))
-
-
-def test_an_images_repeats_are_decoded_once_and_cropped_differently(tmp_path, monkeypatch):
-    part = load("folder", write_folder(tmp_path, [(50, 40), (30, 60)]), 24)[0]
-    reads = []
-    monkeypatch.setattr("data.read_image", lambda path, enough: reads.append(path) or read_image(path))
-    images = collect(part, 1, repeats=3, batch_size=12)[0][0]
-    assert len(reads) == len(set(reads)) == 4
-    assert len({image.numpy().tobytes() for image in images}) == 12
-
-
-@pytest.mark.parametrize("size", [32, 48])
-def test_a_crop_does_not_depend_on_whether_a_set_is_held_or_streamed(tmp_path, monkeypatch, size):
-    write_folder(tmp_path, [(size, size)])
-    held = load("folder", tmp_path, size)
-    monkeypatch.setattr("data.HELD_BYTES", 0)
-    streamed = load("folder", tmp_path, size)
-    batches = [collect(part, 3, img_size=size)[0][0] for part in (held[0], streamed[0])]
-    # up to 32 pixels padded and cropped: three in four crops show the padding's black border
-    padded = [(images[:, :, [0, -1]].sum(dim=(1, 3)) == 0).any().item() for images in batches]
-    assert padded == [size == 32] * 2
-    s = Settings(img_size=size, workers=0)
-    shown = [torch.cat([images for images, _ in eval_batches(part[1], s, CPU)]) for part in (held, streamed)]
-    assert torch.equal(*shown)
-
-
-@pytest.mark.parametrize("sizes", [[(50, 40), (30, 60)], [(30, 30)]], ids=["streamed", "held"])
-def test_evaluation_sees_every_image_once_over_all_processes(tmp_path, monkeypatch, sizes):
-    part, s = (
-        load("folder", write_folder(tmp_path, sizes), 24)[1],
-        Settings(img_size=24, workers=0, batch_size=3),
-    )
-    whole = torch.cat([images for images, _ in eval_batches(part, s, CPU)])
-    shares = []
-    for rank in "012":
-        monkeypatch.setenv("RANK", rank)
-        monkeypatch.setenv("WORLD_SIZE", "3")
-        shares += [images for images, _ in eval_batches(part, s, CPU)]
-    images = torch.cat(shares)
-    assert len(images) == 12
-    assert {i.numpy().tobytes() for i in images} == {i.numpy().tobytes() for i in whole}
-
-
-@pytest.mark.parametrize(("size", "short"), [(56, 64), (48, 54), (45, 51)])
-def test_evaluation_crops_as_torchvisions_resize_and_center_crop(size, short):
-    pixels = np.random.default_rng(0).integers(0, 256, (70, 100, 3), dtype=np.uint8)
-    image = Image.fromarray(pixels).filter(ImageFilter.GaussianBlur(2))
-    bicubic = torchvision.transforms.InterpolationMode.BICUBIC
-    expected = torchvision.transforms.Resize(short, bicubic)(image)
-    expected = np.asarray(torchvision.transforms.CenterCrop(size)(expected)).transpose(2, 0, 1)
-    assert np.array_equal(crop_file(image, size, None), expected)
-
-
-def test_a_very_long_image_is_cropped_as_its_center_is():
-    pixels = np.random.default_rng(0).integers(0, 256, (3, 20_000, 3), dtype=np.uint8)
-    whole, center = Image.fromarray(pixels), Image.fromarray(pixels[:, 9_976:10_024])
-    assert torch.equal(crop_file(whole, 16, None), crop_file(center, 16, None))
-    turned = [image.transpose(Image.Transpose.ROTATE_90) for image in (whole, center)]
-    assert torch.equal(*(crop_file(image, 16, None) for image in turned))
-
-
-def test_pictures_of_every_kind_are_read_upright_and_rgb(tmp_path):
-    pixels = np.random.default_rng(0).integers(0, 256, (8, 12, 3), dtype=np.uint8)
-    image, exif = Image.fromarray(pixels), Image.Exif()
-    exif[0x0112] = 6  # the camera was held upright: turn it clockwise
-    image.save(tmp_path / "turned.png", exif=exif)
-    assert np.array_equal(np.asarray(read_image(tmp_path / "turned.png")), np.rot90(pixels, -1))
-    for mode in ("L", "P", "RGBA", "CMYK", "1"):
-        image.convert(mode).save(tmp_path / f"{mode}.tiff")
-        found = read_image(tmp_path / f"{mode}.tiff")
-        assert (found.mode, found.size) == ("RGB", (12, 8))
-    gray = np.arange(96, dtype=np.uint16).reshape(8, 12) * 690  # of 16 bits the upper 8
-    Image.fromarray(gray).save(tmp_path / "gray.png")
-    Image.fromarray(gray.astype(np.int32)).save(tmp_path / "gray.tiff")
-    for name in ("gray.png", "gray.tiff"):
-        assert np.array_equal(np.asarray(read_image(tmp_path / name)), np.stack([gray // 256] * 3, axis=2))
-    picture = Image.new("RGBA", (2, 1), (200, 0, 0, 255))
-    picture.putpixel((1, 0), (0, 0, 0, 0))
-    picture.save(tmp_path / "RGBA.png")
-    picture.quantize(4).save(tmp_path / "P.png")
-    for name in ("RGBA.png", "P.png"):  # transparent parts lie on white
-        found = read_image(tmp_path / name)
-        assert [found.getpixel((x, 0)) for x in (0, 1)] == [(200, 0, 0), (255, 255, 255)]
-    Image.fromarray(np.full((2, 2), 0.5, np.float32)).save(tmp_path / "F.tiff")
-    with pytest.raises(UserError, match="no known range; save it with 8 or 16 bits"):
-        read_image(tmp_path / "F.tiff")
-
-
-def test_large_photographs_are_decoded_at_a_size_that_is_enough(tmp_path):
-    pixels = np.random.default_rng(0).integers(0, 256, (40, 60, 3), dtype=np.uint8)
-    image = Image.fromarray(pixels).resize((1200, 800), Image.Resampling.BICUBIC)
-    image.save(tmp_path / "photo.jpg", quality=95)
-    sizes = [read_image(tmp_path / "photo.jpg", enough).size for enough in (None, 401, 400, 201, 200, 1)]
-    assert sizes == [(1200, 800)] * 2 + [(600, 400)] * 2 + [(300, 200), (150, 100)]
-    full, quarter = (read_image(tmp_path / "photo.jpg", enough) for enough in (None, 200))
-    full = full.resize((300, 200), Image.Resampling.BOX)
-    assert np.abs(np.asarray(full, int) - np.asarray(quarter, int)).mean() < 2
-
-
-@pytest.mark.parametrize("sizes", [[(50, 40), (30, 60)], [(30, 30)]], ids=["streamed", "held"])
-def test_broken_images_are_named_or_left_out_and_counted(tmp_path, sizes):
-    write_folder(tmp_path, sizes)
-    bad = {str(tmp_path / f"{split}/bee/{n}.png") for split in ("train", "val") for n in (2, 3)}
-    for path in bad:
-        Path(path).write_bytes(b"no picture")
-    for workers in (0, 2):
-        with pytest.raises(UserError, match=r"bee/[23]\.png is not a readable image") as caught:
-            collect(load("folder", tmp_path, 24)[0], 3, workers=workers)
-        assert "\n" not in str(caught.value)
-    train_set, val_set = load("folder", tmp_path, 24, skip_broken=True)
-    batches = collect(train_set, 2, batch_size=5, workers=2)
-    assert all(images.shape == (5, 3, 24, 24) and labels.shape == (5,) for images, labels in batches)
-    shown = eval_batches(val_set, Settings(img_size=24, workers=0, batch_size=3), CPU)
-    assert torch.cat([labels for _, labels in shown]).tolist() == [0] * 6 + [1] * 4
-    assert train_set.broken | val_set.broken == bad
-
-
-def test_a_batch_without_any_readable_image_is_an_error(tmp_path):
-    parts = load("folder", write_folder(tmp_path, [(50, 40), (30, 60)]), 24, skip_broken=True)
-    for path in tmp_path.rglob("*.png"):
-        path.write_bytes(b"")
-    with pytest.raises(UserError, match="none of the images of a batch can be read"):
-        collect(parts[0], 1)
-    with pytest.raises(UserError, match="none of the validation images can be read"):
-        evaluate(nn.Flatten(), parts[1], Settings(img_size=24, workers=0), CPU)
-
-
-def test_folders_that_make_no_data_set_are_refused(tmp_path):
-    def refused(message, root):
-        with pytest.raises(UserError, match=message):
-            load("folder", root, 8)
-
-    write_folder(tmp_path / "a", [(8, 8)], splits=("train",))
-    refused("there is no folder .*val", tmp_path / "a")
-    (tmp_path / "a/val/ant").mkdir(parents=True)
-    refused("there are no images in .*val", tmp_path / "a")
-    write_folder(tmp_path / "b", [(8, 8)])
-    (tmp_path / "b/train/dog").mkdir()
-    refused("there is no image in .*train/dog", tmp_path / "b")
-    (tmp_path / "b/train/dog").rmdir()
-    (tmp_path / "b/val/cow").mkdir()
-    refused("the class 'cow', which train has not", tmp_path / "b")
-    (tmp_path / "c/train").mkdir(parents=True)
-    refused("no images in class folders below", tmp_path / "c")
-    with pytest.raises(UserError, match="8000 shapes of 1024 pixels are more than 8 GiB"):
-        load("shapes", "", 1024)
-
-
-@pytest.mark.parametrize("size", [(8, 8), (2000, 8)])
-def test_a_validation_set_may_lack_a_class_and_keeps_trains_labels(tmp_path, size):
-    write_folder(tmp_path, [size], ("ant", "bee", "cow"), ("train",))
-    write_folder(tmp_path, [size], ("ant", "cow"), ("val",))
-    (tmp_path / "val/bee").mkdir()
-    for splits in (("train", "val"), ("val",)):
-        val_set = load("folder", tmp_path, 8, splits)[-1]
-        assert list(val_set.labels) == [0] * 6 + [2] * 6
-        assert val_set.classes == ["ant", "bee", "cow"]
-
-
-@pytest.fixture
-def matlab(tmp_path, monkeypatch):
-    """A stand-in for scipy, which the tests do without: it reads the .mat files that `matlab` writes."""
-    (tmp_path / "scipy").mkdir()
-    (tmp_path / "scipy/__init__.py").touch()
-    loader = "import numpy\ndef loadmat(path, squeeze_me):\n    return numpy.load(path, allow_pickle=True)\n"
-    (tmp_path / "scipy/io.py").write_text(loader)
-    monkeypatch.syspath_prepend(tmp_path)
-
-    def write(path, **arrays):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with open(path, "wb") as file:
-            np.savez(file, **arrays)
-
-    yield write
-    for name in ("scipy.io", "scipy"):
-        sys.modules.pop(name, None)
-
-
-def write_picture(path):
-    path.parent.mkdir(parents=True, exist_ok=True)
-    Image.new("RGB", (20, 20)).save(path)
-
-
-def names_of(part):
-    pairs = zip(part.paths, part.labels, strict=True)
-    return [(Path(path).name, part.classes[label]) for path, label in pairs]
-
-
-def test_flowers_train_on_the_train_and_val_splits_and_are_tested_on_the_test_split(
-    tmp_path, monkeypatch, matlab
-):
-    base = tmp_path / "flowers-102"
-    for n in range(1, 8):
-        write_picture(base / f"jpg/image_{n:05d}.jpg")
-    matlab(base / "imagelabels.mat", labels=np.array([1, 102, 3, 1, 2, 2, 3], dtype=np.uint8))
-    splits = {"trnid": [4, 2], "valid": [7], "tstid": [1, 3, 5, 6]}
-    matlab(base / "setid.mat", **{name: np.array(ids, dtype=np.uint16) for name, ids in splits.items()})
-    check = "torchvision.datasets.flowers102.check_integrity"  # torchvision knows the true files' MD5
-    monkeypatch.setattr(check, lambda path, md5: path.endswith(".mat"))
-    train_set, val_set = load("flowers102", tmp_path, 8)
-    first, second, third, last = (train_set.classes[n] for n in (0, 1, 2, 101))
-    files = ["image_00004.jpg", "image_00002.jpg", "image_00007.jpg"]
-    assert names_of(train_set) == list(zip(files, (first, last, third), strict=True))
-    assert [name for _, name in names_of(val_set)] == [first, third, second, second]
-    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    for name in ("flowers102", "cars"):
-        with pytest.raises(UserError, match=f"labels of {name} are MATLAB files.*: pip install scipy"):
-            load(name, tmp_path, 8)
-
-
-def test_cars_are_read_from_the_files_that_one_has(tmp_path, matlab):
-    base, records = tmp_path / "stanford_cars", [("fname", "O"), ("class", "u1")]
-    with pytest.raises(UserError, match="stanford_cars must hold cars_train, cars_test, devkit and"):
-        load("cars", tmp_path, 8)
-    for split, names in (("train", ["00002.jpg", "00003.jpg"]), ("test", ["00001.jpg", "00002.jpg"])):
-        for name in names:
-            write_picture(base / f"cars_{split}/{name}")
-        file = "devkit/cars_train_annos.mat" if split == "train" else "cars_test_annos_withlabels.mat"
-        matlab(base / file, annotations=np.array([(names[0], 2), (names[1], 1)], dtype=records))
-    matlab(base / "devkit/cars_meta.mat", class_names=np.array(["AM General Hummer", "Acura RL"], dtype="O"))
-    train_set, val_set = load("cars", tmp_path, 8)
-    assert names_of(train_set) == [("00002.jpg", "Acura RL"), ("00003.jpg", "AM General Hummer")]
-    assert names_of(val_set) == [("00001.jpg", "Acura RL"), ("00002.jpg", "AM General Hummer")]
-    assert read_image(val_set.paths[0]).size == (20, 20)
-
-
-@pytest.mark.parametrize("year", ["2018", "2019"])
-def test_inaturalist_is_split_by_the_competitions_lists(tmp_path, year):
-    files = {"train": ["Aves/1/a.jpg", "Plantae/0/b.jpg", "Aves/2/c.jpg"], "val": ["Aves/2/d.jpg"]}
-    for name in sum(files.values(), []):
-        write_picture(tmp_path / year / name)  # torchvision renames train_val2018 so
-    for split, names in files.items():
-        with pytest.raises(UserError, match=f"there is no .*{split}{year}.json .*; docs/finetune.md tells"):
-            load(f"inat{year}", tmp_path, 8)
-        images = [{"id": n, "file_name": f"train_val{year}/{name}"} for n, name in enumerate(names)]
-        (tmp_path / f"{split}{year}.json").write_text(json.dumps({"images": images}))
-    train_set, val_set = load(f"inat{year}", tmp_path, 8)
-    assert train_set.classes == val_set.classes == ["Plantae/0", "Aves/1", "Aves/2"]  # by their numbers
-    assert names_of(train_set) == [("a.jpg", "Aves/1"), ("b.jpg", "Plantae/0"), ("c.jpg", "Aves/2")]
-    assert names_of(val_set) == [("d.jpg", "Aves/2")]
+        rollout = torch.matmul(0.5 * row.mean(1) + 0.5 * torch.eye(9 + prefix), rollout)
+    heads = rows[4].transpose(1, 2)
+    for found, weights in zip(pictures.attention_maps(model, inputs, layer=5), (heads, rollout), strict=True):
+        patches = weights[:, :prefix, ..., prefix:]
+        patches = (patches / patches.sum(-1, keepdim=True)).unflatten(-1, (3, 3))
+        torch.testing.assert_close(found, patches, rtol=1e-4, atol=1e-6)
 
 
 # ---- The loop ----
@@ -2073,7 +1495,7 @@ def recorded():
 def test_two_processes_follow_one_and_end_with_identical_weights(tmp_path):
     words = flags(QUICK | PLAIN)
     fork(recorded, [*words, "--out", tmp_path / "one"]).join()
-    fork_many(recorded, [*words, "--out", tmp_path / "two"])
+    fork_two(recorded, [*words, "--out", tmp_path / "two"])
     files = ("one/rank0.json", "two/rank0.json", "two/rank1.json")
     one, first, second = (json.loads((tmp_path / name).read_text()) for name in files)
     assert len(one["losses"]) == 9
@@ -2084,46 +1506,37 @@ def test_two_processes_follow_one_and_end_with_identical_weights(tmp_path):
 
 
 def test_two_processes_keep_one_set_of_batchnorm_statistics(tmp_path):
-    fork_many(recorded, flags(QUICK | {"model": "regnet_y_200mf", "epochs": 1, "out": tmp_path / "run"}))
+    fork_two(recorded, flags(QUICK | {"model": "regnet_y_200mf", "epochs": 1, "out": tmp_path / "run"}))
     first, second = (json.loads((tmp_path / f"run/rank{rank}.json").read_text()) for rank in (0, 1))
     assert any("running_var" in key for key in first["digest"])
     assert first == second
 
 
 def test_evaluation_scores_each_head_and_their_fusion():
-    class_logits = torch.tensor([[3.0, 0, 0], [0, 0, 2], [0, 4, 0]])
-    dist_logits = torch.tensor([[0, 5.0, 0], [0, 0, 1], [3, 0, 0]])
-
-    class Student(nn.Module):
-        distilled = True
-
-        def forward(self, inputs):
-            return class_logits, dist_logits
-
+    student = nn.Module()
+    student.distilled = True
+    student.forward = lambda inputs: (class_logits, dist_logits)
+    class_logits = torch.tensor([[3.0, 0, 0], [0, 0, 2], [0, 4, 0]])  # right, right, wrong
+    dist_logits = torch.tensor([[0, 5.0, 0], [0, 0, 1], [3, 0, 0]])  # wrong, right, right
+    # fused: 0.91 + 0.01 < 0.05 + 0.99 wrong, the second right, and 0.02 + 0.91 < 0.96 + 0.05 wrong
     images, labels = torch.zeros(3, 3, 8, 8, dtype=torch.uint8), torch.tensor([0, 2, 0])
-    three = data.ArraySet(images, labels, ["a", "b", "c"])
-    accuracy = train.evaluate(Student(), three, settings.Settings(img_size=8), CPU)
-    # class: right, right, wrong; distillation: wrong, right, right; fused: 0.91 + 0.01 < 0.05 + 0.99 wrong,
-    # the second right, and 0.02 + 0.91 < 0.96 + 0.05 wrong
+    accuracy = evaluate(student, ArraySet(images, labels, ["a", "b", "c"]), Settings(img_size=8), CPU)
     assert accuracy == pytest.approx({"class": 200 / 3, "distillation": 200 / 3, "fused": 100 / 3}, rel=1e-5)
 
 
 def test_a_teacher_is_trained_once_and_reused_by_every_student(tmp_path, monkeypatch, capsys):
     words = QUICK | {"teacher": "resnet18", "teacher_epochs": 1, "distill": "hard", "epochs": 1}
-    # none of these decides what the teacher becomes
-    others = {}, {"seed": 1}, {"patch_size": 4}, {"accumulate": 2}, {"batch_size": 18, "distill": "soft"}
-    for n, other in enumerate(others):
-        assert run_train(monkeypatch, *flags(words | other | {"out": tmp_path / f"s{n}"})) == 0
-        assert ("trained earlier" in capsys.readouterr().out) == (n > 0)
-    (teacher,) = tmp_path.glob("teacher-shapes-16px-resnet18-*/last.pth")
+    same = {}, {"seed": 1}, {"patch_size": 4}, {"accumulate": 2}, {"batch_size": 18, "distill": "soft"}
+    other = {"teacher_epochs": 2}, {"img_size": 24}, {"limit": 50}
+    for n, more in enumerate(same + other):  # the others decide what the teacher becomes
+        assert run_train(monkeypatch, *flags(words | more | {"out": tmp_path / f"s{n}"})) == 0
+        told = capsys.readouterr().out
+        assert ("trained earlier" in told, "teacher: training" in told) == (0 < n < 5, n in (0, 5, 6, 7))
+    assert len(list(tmp_path.glob("teacher-shapes-*-resnet18-*"))) == 4
     student = saved(tmp_path / "s4")
-    assert (student["settings"]["batch_size"], student["settings"]["teacher_weights"]) == (18, str(teacher))
-    assert not list(tmp_path.glob("s?/teacher-*"))
+    teacher = Path(student["settings"]["teacher_weights"])
+    assert teacher.parent.parent == tmp_path and not list(tmp_path.glob("s?/teacher-*"))
     assert "dist_token" in student["model"] and saved(teacher.parent)["settings"]["batch_size"] == 55
-    # these do
-    for n, other in enumerate(({"teacher_epochs": 2}, {"img_size": 24}, {"limit": 50})):
-        assert run_train(monkeypatch, *flags(words | other | {"out": tmp_path / f"t{n}"})) == 0
-        assert "teacher: training" in capsys.readouterr().out
 
 
 def test_students_started_at_once_do_not_disturb_each_others_teacher(tmp_path, monkeypatch):
@@ -2145,20 +1558,268 @@ def test_students_started_at_once_do_not_disturb_each_others_teacher(tmp_path, m
         assert equal(saved(out)["model"], before["model"])
 
 
-def log_turn(path):
-    launch.init("cpu")
-
-    def act():
-        time.sleep(0.2 * (1 - launch.rank()))
-        with open(path, "a") as file:
-            file.write(str(launch.rank()))
-
-    launch.main_process_first(act)
+# ---- The loop: the data ----
 
 
-def test_downloads_come_to_the_first_process_first(tmp_path):
-    fork_many(partial(log_turn, tmp_path / "order"), [])
-    assert (tmp_path / "order").read_text() == "01"
+def load(name, path, size, splits=("train", "val"), **more):
+    return data.load_data(Settings(data=name, data_path=str(path), img_size=size, **more), CPU, splits)
+
+
+@pytest.fixture(params=[HELD, STREAMED], ids=["held", "streamed"])
+def folder(tmp_path, request):
+    return write_folder(tmp_path / "folder", request.param)
+
+
+def test_shapes_depend_on_seed_split_and_index_alone():
+    keys = ((0, "train", 13), (1, "train", 13), (0, "val", 13), (0, "train", 23), (0, "train", 13))
+    drawn = [draw_shape(*key, 32) for key in keys]
+    assert [label for _, label in drawn] == [3] * 5
+    assert len({image.tobytes() for image, _ in drawn}) == 4
+    assert drawn[0][0].tobytes() == drawn[4][0].tobytes()
+    thirty = draw_shapes("val", 30, 48)
+    assert (thirty.images.shape, thirty.images.dtype) == ((30, 3, 48, 48), torch.uint8)
+    assert thirty.labels.bincount().tolist() == [3] * 10
+
+
+def test_a_folder_of_equal_small_images_is_held_and_another_is_streamed(tmp_path):
+    held = load("folder", write_folder(tmp_path / "a", HELD), 24)[0]
+    streamed = load("folder", write_folder(tmp_path / "b", STREAMED), 24)[0]
+    assert (type(held), type(streamed)) == (ArraySet, FolderSet)
+    assert held.classes == streamed.classes == ["ant", "bee"]
+    assert held.labels.tolist() == streamed.labels == [0] * 6 + [1] * 6
+    assert np.array_equal(held.images[8].permute(1, 2, 0), Image.open(tmp_path / "a/train/bee/2.png"))
+    few, _ = load("folder", tmp_path / "b", 24, limit=4)  # evenly spread, so of all classes
+    assert few.paths == streamed.paths[::3] and few.labels == [0, 0, 1, 1]
+
+
+def collect(part, count, start=0, **changed):
+    """`count` batches from step `start` on: of 4 images of 24 pixels, unless `changed` says otherwise."""
+    s = Settings(**{"img_size": 24, "batch_size": 4, "repeats": 1, "workers": 0, "seed": 5} | changed)
+    return list(itertools.islice(train_batches(part, s, start, CPU), count))
+
+
+def test_a_stream_of_batches_continues_from_anywhere_with_any_number_of_workers(folder):
+    part = load("folder", folder, 24)[0]
+    whole = collect(part, 8)  # 12 images, 3 batches an epoch
+    assert all(images.shape == (4, 3, 24, 24) and images.dtype == torch.uint8 for images, _ in whole)
+    for epoch in (0, 3):
+        assert torch.cat([labels for _, labels in whole[epoch : epoch + 3]]).bincount().tolist() == [6, 6]
+    assert not torch.equal(whole[0][0], whole[3][0])
+    for start, workers in ((0, 2), (4, 0), (5, 2)):
+        again = collect(part, 8 - start, start, workers=workers)
+        for (a, x), (b, y) in zip(whole[start:], again, strict=True):
+            assert torch.equal(a, b) and torch.equal(x, y)
+
+
+def test_the_processes_of_a_step_share_what_one_process_would_take(folder, monkeypatch):
+    train_set, val_set = load("folder", folder, 24)
+
+    def batches():
+        s = Settings(img_size=24, batch_size=3, workers=0)
+        shown = zip(*data.eval_batches(val_set, s, CPU), strict=True)
+        return collect(train_set, 4, augment="off"), [torch.cat(each) for each in shown]
+
+    (one, whole), shares = batches(), []
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    for rank in "01":
+        monkeypatch.setenv("RANK", rank)
+        shares.append(batches())
+    for (images, labels), *both in zip(one, *(taught for taught, _ in shares), strict=True):
+        assert torch.equal(images, torch.stack([share[0] for share in both], dim=1).flatten(0, 1))
+        assert torch.equal(labels, torch.stack([share[1] for share in both], dim=1).flatten(0, 1))
+    for rank, (_, share) in enumerate(shares):  # evaluation sees every image once over all processes
+        assert all(torch.equal(part, each[rank::2]) for part, each in zip(share, whole, strict=True))
+
+
+def test_an_images_repeats_are_decoded_once_and_cropped_differently(tmp_path, monkeypatch):
+    part, reads = load("folder", write_folder(tmp_path, STREAMED), 24)[0], []
+    monkeypatch.setattr("data.read_image", lambda path, enough: reads.append(path) or read_image(path))
+    images = collect(part, 1, repeats=3, batch_size=12)[0][0]
+    assert len(reads) == len(set(reads)) == 4
+    assert len({image.numpy().tobytes() for image in images}) == 12
+
+
+@pytest.mark.parametrize("size", [32, 48])
+def test_a_crop_does_not_depend_on_whether_a_set_is_held_or_streamed(tmp_path, monkeypatch, size):
+    write_folder(tmp_path, [(size, size)])
+    s, shown = Settings(img_size=size, workers=0), []
+    for held_bytes in (data.HELD_BYTES, 0):
+        monkeypatch.setattr("data.HELD_BYTES", held_bytes)
+        train_set, val_set = load("folder", tmp_path, size)
+        images = collect(train_set, 3, img_size=size)[0][0]
+        # up to 32 pixels padded and cropped: three in four crops show the padding's black border
+        assert (images[:, :, [0, -1]].sum(dim=(1, 3)) == 0).any() == (size == 32)
+        shown.append(torch.cat([images for images, _ in data.eval_batches(val_set, s, CPU)]))
+    assert torch.equal(*shown)
+
+
+@pytest.mark.parametrize(("size", "short"), [(56, 64), (48, 54), (45, 51)])
+def test_evaluation_crops_as_torchvisions_resize_and_center_crop(size, short):
+    pixels = np.random.default_rng(0).integers(0, 256, (70, 100, 3), dtype=np.uint8)
+    image = Image.fromarray(pixels).filter(ImageFilter.GaussianBlur(2))
+    resize = torchvision.transforms.Resize(short, torchvision.transforms.InterpolationMode.BICUBIC)
+    expected = torchvision.transforms.CenterCrop(size)(resize(image))
+    assert np.array_equal(crop_file(image, size, None), np.asarray(expected).transpose(2, 0, 1))
+
+
+def test_a_very_long_image_is_cropped_as_its_center_is():
+    wide = np.random.default_rng(0).integers(0, 256, (3, 20_000, 3), dtype=np.uint8)
+    for turn in ((0, 1, 2), (1, 0, 2)):
+        long, center = (Image.fromarray(p.transpose(turn)) for p in (wide, wide[:, 9_976:10_024]))
+        assert torch.equal(crop_file(long, 16, None), crop_file(center, 16, None))
+
+
+def read_back(path, image, **options):
+    image.save(path, **options)
+    return np.asarray(read_image(path))
+
+
+def test_pictures_of_every_kind_are_read_upright_and_rgb_and_transparent_ones_lie_on_white(tmp_path):
+    pixels = np.random.default_rng(0).integers(0, 256, (8, 12, 3), dtype=np.uint8)
+    image, exif = Image.fromarray(pixels), Image.Exif()
+    exif[0x0112] = 6  # the camera was held upright: turn it clockwise
+    assert np.array_equal(read_back(tmp_path / "turned.png", image, exif=exif), np.rot90(pixels, -1))
+    for mode in ("L", "P", "RGBA", "CMYK", "1"):
+        assert read_back(tmp_path / f"{mode}.tiff", image.convert(mode)).shape == (8, 12, 3)
+    gray = np.arange(96, dtype=np.uint16).reshape(8, 12) * 690  # of 16 bits the upper 8
+    for name, values in (("gray.png", gray), ("gray.tiff", gray.astype(np.int32))):
+        found = read_back(tmp_path / name, Image.fromarray(values))
+        assert np.array_equal(found, np.stack([gray // 256] * 3, axis=2))
+    picture = Image.new("RGBA", (2, 1), (200, 0, 0, 255))
+    picture.putpixel((1, 0), (0, 0, 0, 0))
+    for name, image in (("RGBA.png", picture), ("P.png", picture.quantize(4))):
+        assert read_back(tmp_path / name, image).tolist() == [[[200, 0, 0], [255, 255, 255]]]
+    with pytest.raises(UserError, match="no known range; save it with 8 or 16 bits"):
+        read_back(tmp_path / "F.tiff", Image.fromarray(np.full((2, 2), 0.5, np.float32)))
+
+
+def test_large_photographs_are_decoded_at_a_size_that_is_enough(tmp_path):
+    Image.new("RGB", (1200, 800)).save(tmp_path / "photo.jpg")
+    read = [read_image(tmp_path / "photo.jpg", enough) for enough in (None, 401, 400, 201, 200, 1)]
+    assert [image.width for image in read] == [1200, 1200, 600, 600, 300, 150]
+
+
+def test_broken_images_are_named_or_left_out_and_counted(folder):
+    bad = {str(folder / f"{split}/bee/{n}.png") for split in ("train", "val") for n in (2, 3)}
+    for path in bad:
+        Path(path).write_bytes(b"no picture")
+    for workers in (0, 2):
+        with pytest.raises(UserError, match=r"^[^\n]*bee/[23]\.png is not a readable image[^\n]*$"):
+            collect(load("folder", folder, 24)[0], 3, workers=workers)
+    train_set, val_set = load("folder", folder, 24, skip_broken=True)
+    batches = collect(train_set, 2, batch_size=5, workers=2)
+    assert all(images.shape == (5, 3, 24, 24) and labels.shape == (5,) for images, labels in batches)
+    shown = data.eval_batches(val_set, Settings(img_size=24, workers=0, batch_size=3), CPU)
+    assert torch.cat([labels for _, labels in shown]).tolist() == [0] * 6 + [1] * 4
+    assert train_set.broken | val_set.broken == bad
+
+
+def test_a_batch_without_any_readable_image_is_an_error(tmp_path):
+    train_set, val_set = load("folder", write_folder(tmp_path, STREAMED), 24, skip_broken=True)
+    for path in tmp_path.rglob("*.png"):
+        path.write_bytes(b"")
+    with pytest.raises(UserError, match="none of the images of a batch can be read"):
+        collect(train_set, 1)
+    with pytest.raises(UserError, match="none of the validation images can be read"):
+        evaluate(nn.Flatten(), val_set, Settings(img_size=24, workers=0), CPU)
+
+
+def test_folders_that_make_no_data_set_are_refused(tmp_path):
+    train, val = write_folder(tmp_path, HELD) / "train", tmp_path / "val"
+    steps = {
+        "the class 'cow', which train has not": lambda: (val / "cow").mkdir(),
+        "there is no image in .*train/cow": lambda: (val / "cow").rename(train / "cow"),
+        "there are no images in .*train": lambda: [path.unlink() for path in tmp_path.rglob("*.png")],
+        "no images in class folders below": lambda: [path.rmdir() for path in train.iterdir()],
+        "there is no folder .*train; --data-path": train.rmdir,
+    }
+    for message, change in steps.items():
+        change()
+        with pytest.raises(UserError, match=message):
+            load("folder", tmp_path, 8)
+    with pytest.raises(UserError, match="8000 shapes of 1024 pixels are more than 8 GiB"):
+        load("shapes", "", 1024)
+
+
+def test_a_validation_set_may_lack_a_class_and_keeps_trains_labels(folder):
+    for path in (folder / "val/ant").iterdir():
+        path.unlink()
+    for splits in (("train", "val"), ("val",)):
+        val_set = load("folder", folder, 24, splits)[-1]
+        assert (list(val_set.labels), val_set.classes) == ([1] * 6, ["ant", "bee"])
+
+
+def touch(folder, *names):
+    for path in (folder / name for name in names):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.touch()
+
+
+@pytest.fixture
+def matlab(monkeypatch):
+    """A stand-in for scipy, which the tests do without: it finds what `matlab` was told of the .mat files."""
+    contents = {}
+    reader = SimpleNamespace(loadmat=lambda path, squeeze_me: contents[str(path)])
+    monkeypatch.setitem(sys.modules, "scipy.io", reader)
+    monkeypatch.setitem(sys.modules, "scipy", SimpleNamespace(io=reader, __spec__="a module's"))
+
+    def write(path, **arrays):
+        touch(path.parent, path.name)
+        contents[str(path)] = {name: np.array(values) for name, values in arrays.items()}
+
+    return write
+
+
+def names_of(part):
+    paths = [Path(path).resolve(strict=True) for path in part.paths]  # they exist
+    return [(path.name, part.classes[n]) for path, n in zip(paths, part.labels, strict=True)]
+
+
+def test_flowers_train_on_train_and_val_and_are_tested_on_test(tmp_path, monkeypatch, matlab):
+    base = tmp_path / "flowers-102"
+    touch(base / "jpg", *[f"image_{n:05d}.jpg" for n in range(1, 8)])
+    matlab(base / "imagelabels.mat", labels=[1, 102, 3, 1, 2, 2, 3])
+    matlab(base / "setid.mat", trnid=[4, 2], valid=[7], tstid=[1, 3, 5, 6])
+    check = "torchvision.datasets.flowers102.check_integrity"  # torchvision knows the true files' MD5
+    monkeypatch.setattr(check, lambda *_: True)
+    train_set, val_set = load("flowers102", tmp_path, 8)
+    names = train_set.classes
+    assert len(names) == 102
+    assert names_of(train_set) == [(f"image_{n:05d}.jpg", names[c]) for n, c in ((4, 0), (2, 101), (7, 2))]
+    assert [name for _, name in names_of(val_set)] == [names[c] for c in (0, 2, 1, 1)]
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    for name in ("flowers102", "cars"):
+        with pytest.raises(UserError, match=f"labels of {name} are MATLAB files.*: pip install scipy"):
+            load(name, tmp_path, 8)
+
+
+def test_cars_are_read_from_the_files_that_one_has(tmp_path, matlab):
+    base = tmp_path / "stanford_cars"
+    touch(base, "cars_train/1.jpg", "cars_train/2.jpg", "cars_test/1.jpg")
+    matlab(base / "devkit/cars_meta.mat", class_names=["AM General Hummer", "Acura RL"])
+    rows = [{"fname": "2.jpg", "class": 2}, {"fname": "1.jpg", "class": 1}]
+    matlab(base / "devkit/cars_train_annos.mat", annotations=rows)
+    with pytest.raises(UserError, match="stanford_cars must hold cars_train, cars_test, devkit and"):
+        load("cars", tmp_path, 8)
+    matlab(base / "cars_test_annos_withlabels.mat", annotations=[{"fname": "1.jpg", "class": 2}])
+    train_set, val_set = load("cars", tmp_path, 8)
+    assert names_of(train_set) == [("2.jpg", "Acura RL"), ("1.jpg", "AM General Hummer")]
+    assert names_of(val_set) == [("1.jpg", "Acura RL")]
+
+
+@pytest.mark.parametrize("year", ["2018", "2019"])
+def test_inaturalist_is_split_by_the_competitions_lists(tmp_path, year):
+    lists = {"train": ["Aves/1/a.jpg", "Plantae/0/b.jpg", "Aves/2/c.jpg"], "val": ["Aves/2/d.jpg"]}
+    for split, names in lists.items():
+        with pytest.raises(UserError, match=f"there is no .*/{split}{year}.json .*; docs/finetune.md"):
+            load(f"inat{year}", tmp_path, 8)
+        touch(tmp_path / year, *names)  # torchvision renames train_val2018 so
+        images = [{"file_name": f"train_val{year}/{name}"} for name in names]
+        (tmp_path / f"{split}{year}.json").write_text(json.dumps({"images": images}))
+    train_set, val_set = load(f"inat{year}", tmp_path, 8)
+    assert train_set.classes == val_set.classes == ["Plantae/0", "Aves/1", "Aves/2"]  # by their numbers
+    assert names_of(train_set) == [("a.jpg", "Aves/1"), ("b.jpg", "Plantae/0"), ("c.jpg", "Aves/2")]
+    assert names_of(val_set) == [("d.jpg", "Aves/2")]
 
 
 # ---- What survives ----
@@ -2201,10 +1862,11 @@ def test_a_run_that_is_killed_again_and_again_ends_as_if_it_never_was(tmp_path, 
     assert same_run(unhurt, tmp_path / "run")
 
 
-def test_a_streamed_run_that_is_killed_resumes_bit_for_bit_too(tmp_path):
+@pytest.mark.parametrize("more", [{"workers": 1}, {"precision": "fp16", "workers": 0}])
+def test_a_streamed_run_and_one_in_fp16_resume_bit_for_bit_too(tmp_path, more):
     write_folder(tmp_path / "data", [(30, 24), (20, 26)])
-    words = QUICK | {"data": "folder", "data_path": tmp_path / "data", "batch_size": 6, "epochs": 2}
-    words |= {"workers": 1, "optimizer": "sgd", "drop_path": 0.5, "save_every": 1}
+    words = QUICK | {"data": "folder", "data_path": tmp_path / "data", "limit": 12, "batch_size": 6}
+    words |= {"epochs": 2, "optimizer": "sgd", "drop_path": 0.5, "save_every": 1} | more
     assert forked(flags(words | {"out": tmp_path / "whole"})) == 0
     assert forked(flags(words | {"out": tmp_path / "cut"}), ("step", 4, signal.SIGKILL)) == -signal.SIGKILL
     assert forked(flags({"out": tmp_path / "cut", "resume": True})) == 0
@@ -2225,111 +1887,65 @@ def test_a_streamed_run_stops_for_a_signal_to_all_its_processes(tmp_path):
     assert re.fullmatch(r"stopped by SIGTERM after step .*\n", error)
 
 
-def test_a_signal_is_answered_within_a_step_and_loses_nothing(tmp_path):
-    words = flags(QUICK | {"out": tmp_path / "run"})
-    assert forked(words, ("step", 5, signal.SIGTERM)) == 128 + signal.SIGTERM
-    assert saved(tmp_path / "run")["progress"]["step"] == 4
-
-
-def test_fp16_survives_a_kill_with_its_scaler(tmp_path):
-    words = flags(QUICK | {"precision": "fp16", "epochs": 2, "save_every": 1, "batch_size": 8})
-    for out, fault in (("whole", None), ("cut", ("step", 9, signal.SIGKILL))):
-        forked([*words, "--out", tmp_path / out], fault)
-    assert forked(["--out", tmp_path / "cut", "--resume"]) == 0
-    assert same_run(tmp_path / "whole", tmp_path / "cut")
-    scalers = [saved(tmp_path / name)["scaler"] for name in ("whole", "cut")]
-    assert scalers[0] == scalers[1] != {}
-
-
 def test_a_fine_tuning_that_is_killed_needs_nothing_but_its_directory(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     assert run_train(monkeypatch, *flags(QUICK | {"distill": "label", "out": "runs/first"})) == 0
-    words = {"img_size": 24, "epochs": 2, "batch_size": 16, "train": "head", "save_every": 1}
-
-    def tune(fault, *words):
-        process = fork(partial(tune_with, fault), [*flags({"device": "cpu"}), *words])
-        process.join(60)
-        return process.exitcode
-
-    assert tune(None, *flags(words | {"out": "whole"})) == 0
-    assert tune(("step", 1, signal.SIGKILL), *flags(words | {"out": "runs/tuned"})) == -signal.SIGKILL
-    assert tune(("step", 3, signal.SIGKILL), "--out", "runs/tuned", "--resume") == -signal.SIGKILL
-    assert run_train(monkeypatch, "--out", "runs/tuned", "--resume") == 2
-    assert "is a run of finetune.py; continue it with finetune.py --resume" in capsys.readouterr().err
+    words = {"img_size": 24, "epochs": 2, "batch_size": 16, "train": "head", "save_every": 1, "device": "cpu"}
+    again = ["--out", "runs/tuned", "--resume"]
+    assert forked(flags(words | {"out": "whole"}), None, finetune.main) == 0
+    started = flags(words | {"out": "runs/tuned"})
+    for step, command in ((1, started), (3, again)):
+        assert forked(command, ("step", step, signal.SIGKILL), finetune.main) == -signal.SIGKILL
+    assert run_train(monkeypatch, *again) == 2
+    assert "is a run of finetune.py; continue it with finetune.py --resume" in one_line(capsys)
     Path("runs/first").rename("elsewhere")  # the run has all that it needs
-    assert tune(None, "--out", "runs/tuned", "--resume") == 0
-    assert same_run(Path("whole"), Path("runs/tuned"))
-    assert run_finetune(monkeypatch, "--out", "runs/tuned", "--resume", "--train", "all") == 2
-    assert "has --train head, not all" in capsys.readouterr().err
-
-
-def tune_with(fault):
-    train.main = finetune.main
-    run_with(fault)
+    assert forked(again, None, finetune.main) == 0
+    assert same_run("whole", "runs/tuned")
+    assert run_finetune(monkeypatch, *again, "--train", "all") == 2
+    assert "has --train head, not all" in one_line(capsys)
 
 
 def test_resuming_keeps_every_setting_that_is_not_given_again(tmp_path, monkeypatch, capsys):
     own = {"save_every": 2, "workers": 1, "skip_broken": True, "seed": 3, "epochs": 1}
     assert run_train(monkeypatch, *flags(QUICK | own | {"out": tmp_path / "run"})) == 0
-    again = {"out": tmp_path / "run", "resume": True}
-    assert run_train(monkeypatch, *flags(again)) == 0
-    kept = json.loads((tmp_path / "run/settings.json").read_text())
-    assert kept.items() >= (own | {"device": "cpu"}).items()
-    assert run_train(monkeypatch, *flags(again | {"workers": 0, "accumulate": 2})) == 0
-    kept = json.loads((tmp_path / "run/settings.json").read_text())
-    assert kept.items() >= {"workers": 0, "accumulate": 2, "save_every": 2}.items()
+    for changed in ({}, {"workers": 0, "accumulate": 2}):
+        again = {"out": tmp_path / "run", "resume": True}
+        assert run_train(monkeypatch, *flags(again | changed)) == 0
+        kept = json.loads((tmp_path / "run/settings.json").read_text())
+        assert kept.items() >= (own | {"device": "cpu"} | changed).items()
     for name, value in (("seed", 4), ("lr", 0.1), ("erasing", 0.5)):
         assert run_train(monkeypatch, *flags(again | {name: value})) == 2
-        assert f"run has --{name} {kept[name]}, not {value}" in capsys.readouterr().err
+        assert f"run has --{name} {kept[name]}, not {value}" in one_line(capsys)
 
 
 def test_a_run_cut_off_in_its_teacher_goes_on_by_its_directory_alone(tmp_path, monkeypatch, capsys):
     words = QUICK | {"seed": 3, "epochs": 1, "distill": "hard", "teacher": "resnet18", "teacher_epochs": 2}
-    assert forked(flags(words | {"out": tmp_path / "a/whole"})) == 0
+    whole, cut = tmp_path / "a/whole", tmp_path / "b/cut"
+    assert forked(flags(words | {"out": whole})) == 0
     # two steps of the teacher, an epoch each
-    code = forked(flags(words | {"out": tmp_path / "b/cut"}), ("step", 2, signal.SIGKILL))
-    assert code == -signal.SIGKILL
-    again = ["--out", tmp_path / "b/cut", "--resume"]
-    assert run_finetune(monkeypatch, *again) == 2
-    assert "cut is a run of train.py; continue it with train.py --resume" in capsys.readouterr().err
-    assert run_train(monkeypatch, *again) == 0
+    assert forked(flags(words | {"out": cut}), ("step", 2, signal.SIGKILL)) == -signal.SIGKILL
+    assert run_finetune(monkeypatch, "--out", cut, "--resume") == 2
+    assert "cut is a run of train.py; continue it with train.py --resume" in one_line(capsys)
+    assert run_train(monkeypatch, "--out", cut, "--resume") == 0
     assert re.search(r"resuming \S+/teacher-\S+ after step 1", capsys.readouterr().out)
-    assert equal(saved(tmp_path / "a/whole")["model"], saved(tmp_path / "b/cut")["model"])
-
-
-def test_a_file_is_whole_or_the_one_before(tmp_path):
-    path = tmp_path / "file"
-    checkpoint.atomic_save(path, lambda file: file.write(b"first"))
-
-    def fail(file):
-        file.write(b"half")
-        raise OSError(28, "No space left on device")
-
-    with pytest.raises(launch.UserError, match="No space left on device; what was saved before is intact"):
-        checkpoint.atomic_save(path, fail)
-    assert path.read_bytes() == b"first" and list(tmp_path.iterdir()) == [path]
-    checkpoint.atomic_save(path, lambda file: file.write(b"second"), tmp_path / "previous")
-    assert (path.read_bytes(), (tmp_path / "previous").read_bytes()) == (b"second", b"first")
+    assert equal(saved(whole)["model"], saved(cut)["model"])
 
 
 def test_the_older_checkpoint_serves_when_the_last_is_damaged(tmp_path, unhurt, capsys):
-    shutil.copytree(unhurt, tmp_path / "run")
-    last, rng = tmp_path / "run/last.pth", np.random.default_rng(0)
-    whole = last.read_bytes()
-    flipped = bytearray(whole)
-    flipped[len(whole) // 2] ^= 1 << rng.integers(8)
-    for damage in (b"", whole[:1000], whole[:-1], flipped):
-        last.write_bytes(damage)
-        assert checkpoint.latest_checkpoint(tmp_path / "run")["progress"]["step"] == 8
+    run = shutil.copytree(unhurt, tmp_path / "run")
+    whole = (run / "last.pth").read_bytes()
+    for damage in (b"", whole[:-1]):
+        (run / "last.pth").write_bytes(damage)
+        assert checkpoint.latest_checkpoint(run)["progress"]["step"] == 8
         told = capsys.readouterr().out
         assert "last.pth is not a checkpoint" in told and told.count("\n") == 1
-        assert told.endswith(f"continuing from {tmp_path}/run/previous.pth\n")
-    assert forked(["--out", tmp_path / "run", "--resume"]) == 0
-    assert same_run(unhurt, tmp_path / "run")
-    for path in (tmp_path / "run").glob("*.pth"):
+        assert told.endswith(f"continuing from {run}/previous.pth\n")
+    assert forked(["--out", run, "--resume"]) == 0
+    assert same_run(unhurt, run)
+    for path in run.glob("*.pth"):
         path.write_bytes(b"")
-    with pytest.raises(launch.UserError, match=r"previous\.pth is not a checkpoint"):
-        checkpoint.latest_checkpoint(tmp_path / "run")
+    with pytest.raises(UserError, match=r"previous\.pth is not a checkpoint"):
+        checkpoint.latest_checkpoint(run)
 
 
 def test_the_best_checkpoint_is_the_epochs_with_the_highest_fused_accuracy(tmp_path, monkeypatch):
@@ -2356,35 +1972,47 @@ launch.run_program(train.main)
 """
 
 
-def test_two_processes_survive_a_kill_and_torchrun_restarts_them(tmp_path):
+@pytest.mark.parametrize("nodes", [1, 2])
+def test_two_processes_survive_a_kill_and_torchrun_restarts_them(tmp_path, nodes):
     words = flags(QUICK | {"save_every": 1, "epochs": 2, "ema": 0.9, "drop_path": 0.1})
-    fork_many(run_with, ["--out", tmp_path / "whole", *words])
+    fork_two(run_with, ["--out", tmp_path / "whole", *words])
     (tmp_path / "driver.py").write_text(DRIVER)
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--max-restarts=1"]
-    command = [*launcher, tmp_path / "driver.py", "--out", tmp_path / "cut", *words, "--resume"]
-    environment = os.environ | {"PYTHONPATH": os.getcwd(), "OMP_NUM_THREADS": "1"}
-    environment |= {"TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
-    subprocess.run(command, env=environment, check=True, capture_output=True, timeout=120)
+    launcher = [sys.executable, "-m", "torch.distributed.run", f"--nnodes={nodes}", "--max-restarts=2"]
+    launcher += [f"--nproc_per_node={2 // nodes}", "--rdzv_backend=c10d"]
+    launcher += [f"--rdzv_endpoint=127.0.0.1:{free_port()}", tmp_path / "driver.py"]
+    environment = {"PYTHONPATH": os.getcwd(), "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
+    environment = os.environ | environment | {"TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
+    options = dict(env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    command = [*launcher, "--out", tmp_path / "cut", *words, "--resume"]
+    agents = [subprocess.Popen(command, **options) for _ in range(nodes)]  # one on each node
+    told = [agent.communicate(timeout=180)[0] for agent in agents]
+    assert [agent.returncode for agent in agents] == [0] * nodes, told
     assert (tmp_path / "cut/dead").exists()
     assert same_run(tmp_path / "whole", tmp_path / "cut")
 
 
-def test_another_number_of_processes_may_go_on_and_is_told_of_the_difference(tmp_path):
+def test_a_signal_is_answered_within_a_step_and_another_number_of_processes_may_go_on(tmp_path):
     words = flags(QUICK | {"save_every": 1, "accumulate": 2, "out": tmp_path / "run"})
     assert forked(words, ("step", 5, signal.SIGTERM)) == 128 + signal.SIGTERM
+    assert saved(tmp_path / "run")["progress"]["step"] == 4
     words = ["--out", tmp_path / "run", "--resume", "--accumulate", "1"]
-    told = fork_many(run_with, words, tmp_path / "told")
+    told = fork_two(run_with, words, tmp_path / "told")
     assert "it was made with 1 × cpu" in told and "will differ a little" in told
     assert len(checkpoint.read_log(tmp_path / "run")) == 3
 
 
+def multiply_loss(monkeypatch, call, factor):
+    """Multiplies the loss of the `call`-th part of a batch."""
+    plain, calls = LOSSES["none"], itertools.count()
+
+    def multiplied(*arguments):
+        return plain.function(*arguments) * (factor if next(calls) == call else 1)
+
+    monkeypatch.setitem(LOSSES, "none", plain._replace(function=multiplied))
+
+
 def test_fp16s_first_step_may_overflow_without_harm_to_sgds_momentum(tmp_path, monkeypatch):
-    plain, calls = train.LOSSES["none"], iter(range(100))
-
-    def overflow(*arguments):
-        return plain.function(*arguments) * (1e8 if next(calls) == 0 else 1)
-
-    monkeypatch.setitem(train.LOSSES, "none", plain._replace(function=overflow))
+    multiply_loss(monkeypatch, 0, 1e8)
     words = QUICK | {"precision": "fp16", "model": "regnet_y_200mf", "epochs": 6, "out": tmp_path / "run"}
     assert run_train(monkeypatch, *flags(words)) == 0
     optimizer = saved(tmp_path / "run")["optimizer"]
@@ -2405,11 +2033,11 @@ def test_files_of_one_name_from_two_addresses_are_two_files(tmp_path, monkeypatc
     with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
         threading.Thread(target=server.serve_forever, daemon=True).start()
         address = f"http://127.0.0.1:{server.server_port}"
-        found = [checkpoint.read_checkpoint(f"{address}/{run}/last.pth") for run in ("run1", "run2", "run1")]
+        found = [read_checkpoint(f"{address}/{run}/last.pth") for run in ("run1", "run2", "run1")]
         assert [contents["weight"].item() for contents in found] == [0, 1, 0]
         for _ in range(2):  # a hash in the name is checked, also when the file is there
-            with pytest.raises(launch.UserError, match="has not the SHA-256 that its name says"):
-                checkpoint.read_checkpoint(f"{address}/net-0123456789.pth")
+            with pytest.raises(UserError, match="has not the SHA-256 that its name says"):
+                read_checkpoint(f"{address}/net-0123456789.pth")
         server.shutdown()
 
 
@@ -2419,35 +2047,14 @@ def test_a_checkpoint_that_would_unpack_or_allocate_much_is_refused(tmp_path):
     with zipfile.ZipFile(tmp_path / "plain.pth") as plain, packed:
         for name in plain.namelist():
             packed.writestr(name, plain.read(name))
-    with pytest.raises(launch.UserError, match="it is compressed"):
-        checkpoint.read_checkpoint(tmp_path / "packed.pth")
+    with pytest.raises(UserError, match="it is compressed"):
+        read_checkpoint(tmp_path / "packed.pth")
     tiny = create_model("tiny", num_classes=2, img_size=16, patch_size=8, depth=1).state_dict()
     # position embeddings of 2^34 patches, which no memory holds
     known = {"model": "tiny", "img_size": 2**20, "patch_size": 8, "classes": ["a", "b"]}
     torch.save({"model": tiny, "settings": known}, tmp_path / "huge.pth")
     with pytest.raises(ValueError, match=r"pos_embed is \(1, 5, 192\) in the weights"):
-        distill.create_teacher("tiny", 2, tmp_path / "huge.pth")
-
-
-# Two agents as two nodes: kills process 1 before its fifth step, once
-def test_two_nodes_survive_a_kill_and_torchrun_restarts_them(tmp_path):
-    words = flags(QUICK | {"save_every": 1, "epochs": 2, "drop_path": 0.1})
-    fork_many(run_with, ["--out", tmp_path / "whole", *words])
-    (tmp_path / "driver.py").write_text(DRIVER)
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--nnodes=2", "--nproc_per_node=1"]
-    launcher += ["--max-restarts=2", "--rdzv_backend=c10d", f"--rdzv_endpoint=127.0.0.1:{port}"]
-    command = [*launcher, tmp_path / "driver.py", "--out", tmp_path / "cut", *words, "--resume"]
-    environment = {"PYTHONPATH": os.getcwd(), "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
-    environment = os.environ | environment | {"TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
-    options = dict(env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-    agents = [subprocess.Popen(command, **options) for _ in range(2)]
-    told = [agent.communicate(timeout=180)[0] for agent in agents]
-    assert [agent.returncode for agent in agents] == [0, 0], told
-    assert (tmp_path / "cut/dead").exists()
-    assert same_run(tmp_path / "whole", tmp_path / "cut")
+        create_teacher("tiny", 2, tmp_path / "huge.pth")
 
 
 def test_only_a_cuda_device_is_copied_to_without_waiting():
@@ -2489,12 +2096,75 @@ def test_processes_that_would_resume_from_different_steps_are_refused(tmp_path):
     words = QUICK | {"save_every": 1, "out": tmp_path / "run"}
     assert forked(flags(words), ("step", 3, signal.SIGTERM)) == 128 + signal.SIGTERM
     with pytest.raises(AssertionError, match=r"\[2, 2\] == \[0, 0\]"):
-        fork_many(partial(differing, tmp_path), flags(words | {"resume": True}), tmp_path / "told")
+        fork_two(partial(differing, tmp_path), flags(words | {"resume": True}), tmp_path / "told")
     told = (tmp_path / "told").read_text()
     assert "error: process 1 has another step to go on from: 0, not 3" in told
 
 
 # ---- What is refused ----
+
+
+def test_impossible_models_and_images_of_another_size_are_refused():
+    mistakes = [("name", "huge", "unknown model 'huge'"), ("img_size", 0, "img_size"), ("depth", 0, "depth")]
+    mistakes += [("img_size", 225, "225 is not a multiple of patch size 16; try image size 224")]
+    mistakes += [("patch_size", -4, "patch_size"), ("num_classes", 0, "num_classes")]
+    mistakes += [("drop_path", 1.0, "drop_path"), ("dropout", -0.1, "dropout")]
+    for argument, value, message in mistakes:
+        with pytest.raises(ValueError, match=message):
+            create_model(**{"name": "tiny", argument: value})
+    with pytest.raises(ValueError, match=r"takes images \(B, 3, 32, 32\), not \(2, 3, 48, 48\)"):
+        create_model("tiny", img_size=32, patch_size=8)(torch.randn(2, 3, 48, 48))
+
+
+def test_weights_that_do_not_fit_are_refused_by_key_and_shapes():
+    model = create_model("tiny", distilled=True)
+    before = {key: value.clone() for key, value in model.state_dict().items()}
+    misfits = [(official_state(384), r"cls_token is \(1, 1, 384\) .* \(1, 1, 192\)")]
+    misfits += [(official_state(tokens=197, distilled=False), "dist_token is absent")]
+    misfits += [(official_state() | {"fc_norm.bias": torch.ones(5)}, r"fc_norm.bias is \(5,\) .* absent")]
+    misfits += [(official_state(tokens=199), "pos_embed")]  # 197 patches are no square
+    for state, message in misfits:
+        with pytest.raises(ValueError, match=message):
+            load_weights(model, state)
+    assert equal(model.state_dict(), before)
+
+
+def test_a_teacher_with_its_classes_in_another_order_is_refused(tmp_path):
+    state, shapes = create_teacher("regnet_y_200mf", 10).state_dict(), draw_shapes("train", 10, 32)
+    student = complete({"teacher_weights": str(tmp_path / "t.pth")})
+    known = {"model": "regnet_y_200mf", "img_size": 32, "classes": shapes.classes}
+    torch.save({"model": state, "settings": known}, tmp_path / "t.pth")
+    assert load_teacher(student, [shapes], CPU).classes == shapes.classes
+    shapes.classes = [shapes.classes[n] for n in (0, 2, 1, *range(3, 10))]
+    with pytest.raises(UserError, match="class 1 is 'ring' there and 'half' here"):
+        load_teacher(student, [shapes], CPU)
+
+
+def test_a_damaged_checkpoint_is_recognized_at_any_length_and_any_bit(tmp_path):
+    file, weight, rng = tmp_path / "t.pth", torch.arange(40.0), np.random.default_rng(0)
+    torch.save({"model": {"weight": weight}}, file)
+    whole = file.read_bytes()
+    for length in range(0, len(whole) - 1, 7):
+        file.write_bytes(whole[:length])
+        with pytest.raises(UserError, match="is not a checkpoint") as caught:
+            read_checkpoint(file)
+        assert "\n" not in str(caught.value)
+    for place in rng.integers(0, len(whole), 200):
+        flipped = bytearray(whole)
+        flipped[place] ^= 1 << rng.integers(8)
+        file.write_bytes(flipped)
+        with contextlib.suppress(UserError):  # it is told, or a bit without meaning
+            assert torch.equal(read_checkpoint(file)["model"]["weight"], weight)
+
+
+class Mischief:
+    """Unpickling this would make a file."""
+
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return open, (str(self.path), "w")
 
 
 MISTAKES = {
@@ -2546,6 +2216,7 @@ MISTAKES = {
     "--limit -1": "argument --limit: -1 is not allowed",
     "--distill hard --teacher-weights none.pth": "there is no file none.pth; --teacher-weights takes",
     "--distill hard --teacher-weights notes.txt": "notes.txt is not a checkpoint that can be read safely",
+    "--distill hard --teacher-weights list.pth": "list.pth is not a checkpoint that can be read safely",
     "--distill hard --teacher-weights evil.pth": "evil.pth is not a checkpoint that can be read safely",
     "--distill hard --teacher tiny --teacher-weights seven.pth": "does not fit a tiny for 10 classes",
     "--distill hard --teacher small --teacher-weights seven.pth": "seven.pth holds a tiny, not a small",
@@ -2571,6 +2242,7 @@ def test_mistakes_end_with_one_line_and_exit_code_2(tmp_path, monkeypatch, capsy
     monkeypatch.chdir(tmp_path)
     (tmp_path / "notes.txt").write_text("notes")
     (tmp_path / "empty").mkdir()
+    torch.save([1, 2], tmp_path / "list.pth")
     torch.save({"model": Mischief(tmp_path / "made")}, tmp_path / "evil.pth")
     seven = create_model("tiny", num_classes=7, img_size=32, patch_size=8, depth=1).state_dict()
     torch.save({"model": seven}, tmp_path / "seven.pth")
@@ -2581,48 +2253,35 @@ def test_mistakes_end_with_one_line_and_exit_code_2(tmp_path, monkeypatch, capsy
     assert not (tmp_path / "made").exists()
 
 
-@pytest.mark.parametrize(
-    ("words", "message"),
-    [
-        ("--checkpoint none.pth", "there is no file none.pth"),
-        ("--checkpoint plain.pth", "plain.pth does not say what it is"),
-        ("--model small", "run/last.pth has --model tiny, not small; fine-tuning keeps it"),
-        ("--patch-size 4", "run/last.pth has --patch-size 8, not 4; fine-tuning keeps it"),
-        ("--depth 4", "run/last.pth has --depth 2, not 4; fine-tuning keeps it"),
-        ("--img-size 22", "22 is not a multiple of patch size 8; try image size 24"),
-        ("--distill hard --teacher-weights none.pth", "there is no file none.pth"),
-        ("--data folder", "there is no folder data"),
-        ("--out runs/run --resume", "is a run of train.py; continue it with train.py --resume"),
-        ("--train norm", "invalid choice: 'norm'"),
-        ("--checkpoint convnet.pth --train head", "--train head is about transformers"),
-    ],
-)
-def test_mistakes_of_fine_tuning_end_with_one_line_and_exit_code_2(
-    tmp_path, monkeypatch, capsys, words, message
-):
+TUNING_MISTAKES = {
+    "--checkpoint none.pth": "there is no file none.pth",
+    "--checkpoint plain.pth": "plain.pth does not say what it is",
+    "--model small": "run/last.pth has --model tiny, not small; fine-tuning keeps it",
+    "--patch-size 4": "run/last.pth has --patch-size 8, not 4; fine-tuning keeps it",
+    "--depth 4": "run/last.pth has --depth 2, not 4; fine-tuning keeps it",
+    "--img-size 22": "22 is not a multiple of patch size 8; try image size 24",
+    "--distill hard --teacher-weights none.pth": "there is no file none.pth",
+    "--data folder": "there is no folder data",
+    "--out runs/run --resume": "is a run of train.py; continue it with train.py --resume",
+    "--out none --resume --workers 1": "there is no run in none to continue",
+    "--train norm": "invalid choice: 'norm'",
+    "--checkpoint convnet.pth --train head": "--train head is about transformers",
+}
+
+
+def test_mistakes_of_fine_tuning_end_with_one_line_and_exit_code_2(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
+    assert run_finetune(monkeypatch) == 2  # there is no run to start from
+    assert "make one with: torchrun train.py --model tiny --distill hard" in one_line(capsys)
     assert run_train(monkeypatch, *flags(QUICK | {"epochs": 1, "out": "runs/run"})) == 0
     torch.save({"fc.weight": torch.zeros(1)}, "plain.pth")
     known = {"model": "resnet18", "classes": list("abcdefghij"), "data": "shapes", "data_path": "data"}
     known |= {"img_size": 32, "patch_size": 8}
     state = distill.create_convnet("resnet18", 10, 32).state_dict()
     torch.save({"model": state, "settings": known}, "convnet.pth")
-    assert run_finetune(monkeypatch, *words.split(), "--device", "cpu") == 2
-    assert message in one_line(capsys)
-
-
-def test_without_a_run_to_start_from_fine_tuning_says_how_to_make_one(tmp_path, monkeypatch, capsys):
-    monkeypatch.chdir(tmp_path)
-    assert run_finetune(monkeypatch) == 2
-    assert "make one with: torchrun train.py --model tiny --distill hard" in one_line(capsys)
-
-
-@pytest.mark.parametrize("run", [run_train, run_finetune])
-def test_where_there_is_nothing_to_continue_a_directory_alone_starts_nothing(
-    tmp_path, monkeypatch, capsys, run
-):
-    assert run(monkeypatch, "--out", tmp_path / "none", "--resume", "--workers", "1") == 2
-    assert f"there is no run in {tmp_path}/none to continue" in one_line(capsys)
+    for words, message in TUNING_MISTAKES.items():
+        assert run_finetune(monkeypatch, *words.split(), "--device", "cpu") == 2
+        assert message in one_line(capsys)
 
 
 def test_a_run_is_not_written_over_unless_told_to(tmp_path, monkeypatch, capsys):
@@ -2642,18 +2301,15 @@ def test_a_run_is_not_written_over_unless_told_to(tmp_path, monkeypatch, capsys)
 
 
 def test_a_run_is_not_resumed_on_other_data(tmp_path, monkeypatch, capsys):
-    write_folder(tmp_path / "data", [(16, 16)])
+    bee, cow = (write_folder(tmp_path / "data", [(16, 16)]) / "train" / name for name in ("bee", "cow"))
     words = QUICK | {"data": "folder", "data_path": tmp_path / "data", "epochs": 1, "batch_size": 4}
     assert run_train(monkeypatch, *flags(words | {"out": tmp_path / "run"})) == 0
-    (tmp_path / "data/train/bee").rename(tmp_path / "data/train/cow")
     shutil.rmtree(tmp_path / "data/val/bee")
-    assert run_train(monkeypatch, "--out", tmp_path / "run", "--resume") == 2
-    assert "have changed; start it anew with --overwrite" in one_line(capsys)
-    (tmp_path / "data/train/cow").rename(tmp_path / "data/train/bee")
-    for path in (tmp_path / "data/train/bee").glob("[1-5].png"):
-        path.unlink()
-    assert run_train(monkeypatch, "--out", tmp_path / "run", "--resume") == 2
-    assert "have changed; start it anew with --overwrite" in one_line(capsys)
+    # another class; then fewer pictures of the old one
+    for change in (lambda: bee.rename(cow), lambda: (cow / "0.png").unlink() or cow.rename(bee)):
+        change()
+        assert run_train(monkeypatch, "--out", tmp_path / "run", "--resume") == 2
+        assert "have changed; start it anew with --overwrite" in one_line(capsys)
 
 
 def disagreeing(path):
@@ -2668,18 +2324,13 @@ def test_processes_that_see_different_data_are_refused(tmp_path):
     (tmp_path / "1/train/bee/3.png").unlink()
     words = QUICK | {"data": "folder", "batch_size": 4, "out": tmp_path / "run"}
     with pytest.raises(AssertionError, match=r"\[2, 2\] == \[0, 0\]"):
-        fork_many(partial(disagreeing, tmp_path), flags(words), tmp_path / "told")
+        fork_two(partial(disagreeing, tmp_path), flags(words), tmp_path / "told")
     assert re.search(r"error: process 1 has another data set: 11 \+ 12 images .* not 12 \+ 12",
                      (tmp_path / "told").read_text())  # fmt: skip
 
 
 def test_a_loss_that_is_not_finite_ends_the_run_before_anything_is_spoilt(tmp_path, monkeypatch, capsys):
-    plain, calls = train.LOSSES["none"], iter(range(100))
-
-    def explode(*arguments):
-        return plain.function(*arguments) * (math.nan if next(calls) == 4 else 1)
-
-    monkeypatch.setitem(train.LOSSES, "none", plain._replace(function=explode))
+    multiply_loss(monkeypatch, 4, math.nan)
     assert run_train(monkeypatch, *flags(QUICK | {"out": tmp_path / "run", "save_every": 2})) == 2
     assert "became infinite or NaN between steps 4 and 6; last.pth is from before it" in one_line(capsys)
     contents = saved(tmp_path / "run")
@@ -2688,13 +2339,12 @@ def test_a_loss_that_is_not_finite_ends_the_run_before_anything_is_spoilt(tmp_pa
 
 
 def test_weights_that_are_not_finite_are_never_saved(tmp_path, monkeypatch, capsys):
-    class Exploding(torch.optim.AdamW):
-        def step(self, *arguments):
-            super().step(*arguments)
-            self.param_groups[0]["params"][0].data[0] = math.inf
+    def explode(optimizer, *_):
+        optimizer.param_groups[0]["params"][0].data[0] = math.inf
 
-    monkeypatch.setattr("torch.optim.AdamW", Exploding)
+    hook = register_optimizer_step_post_hook(explode)
     assert run_train(monkeypatch, *flags(QUICK | {"out": tmp_path / "run", "save_every": 1})) == 2
+    hook.remove()
     assert "between steps 0 and 1; nothing was saved" in one_line(capsys)
     assert not (tmp_path / "run/last.pth").exists()
 
@@ -2720,63 +2370,40 @@ def test_a_full_disk_is_one_line_and_keeps_what_was_saved(tmp_path):
 
 
 def test_names_with_odd_characters_break_neither_terminal_nor_log(tmp_path, monkeypatch, capsys):
-    names = ("a\nnewline", "b\x1b[31mred", "c\udcff", "δ 日本")
-    write_folder(tmp_path / "da\x1b[2Jta", [(16, 16)], names)
-    words = QUICK | {"data": "folder", "data_path": tmp_path / "da\x1b[2Jta", "batch_size": 8, "epochs": 1}
-    assert run_train(monkeypatch, *flags(words | {"out": tmp_path / "run\x07"})) == 0
-    assert run_train(monkeypatch, *flags(words | {"out": tmp_path / "run\x07"})) == 2
-    for told in capsys.readouterr():
-        assert all(c.isprintable() or c == "\n" for c in told)
-    assert saved(tmp_path / "run\x07")["settings"]["classes"] == list(names)
+    names, out = ["a\nnewline", "b\x1b[31mred", "c\udcff", "δ 日本"], tmp_path / "run\x07"
+    path = write_folder(tmp_path / "da\x1b[2Jta", [(16, 16)], names)
+    words = QUICK | {"data": "folder", "data_path": path, "batch_size": 8, "epochs": 1, "out": out}
+    assert [run_train(monkeypatch, *flags(words)) for _ in range(2)] == [0, 2]
+    assert all(c.isprintable() or c == "\n" for told in capsys.readouterr() for c in told)
+    assert saved(out)["settings"]["classes"] == names
+
+
+# Values at random: for most settings by their kind, for these others; most are sensible, some are not
+SPECIAL = {
+    "data": ["shapes", "folder", "cifar"],
+    "data_path": ["pictures", "broken", "nowhere", "notes.txt"],
+    "model": ["tiny", "small", "resnet18", "regnet_y_200mf", "vit_b_16", "tinny"],
+    "img_size": [1, 4, 8, 16, 20, 32, 0, 10**6],
+    "patch_size": [1, 2, 4, 8, 16, 3, 10**6],
+    "limit": [4, 8, 0],
+    "teacher": ["tiny", "regnet_y_200mf", "resnet18", "mobilenet_v2"],
+    "teacher_weights": ["", "tiny.pth", "notes.txt", "none.pth"],
+    "batch_size": [1, 2, 4, 8, 7, 100],
+    "precision": ["auto", "fp32", "fp16"],
+    "workers": [-1, 0],
+    "out": ["run", "notes.txt/run"],
+} | dict.fromkeys(("epochs", "teacher_epochs", "depth"), [1])  # fmt: skip
 
 
 def random_words(rng):
-    """Flags at random: most of their values are sensible, some are not."""
-    values = {
-        "data": ["shapes", "folder", "cifar"],
-        "data_path": ["pictures", "broken", "nowhere", "notes.txt"],
-        "model": ["tiny", "small", "resnet18", "regnet_y_200mf", "vit_b_16", "tinny"],
-        "img_size": [1, 4, 8, 16, 20, 32, 0, 10**6],
-        "patch_size": [1, 2, 4, 8, 16, 3, 10**6],
-        "distill": ["none", "soft", "hard", "label", "x"],
-        "depth": [1, 2, 0],
-        "limit": [4, 8, 0],
-        "teacher": ["tiny", "regnet_y_200mf", "resnet18", "mobilenet_v2"],
-        "teacher_weights": ["", "tiny.pth", "notes.txt", "none.pth"],
-        "augment": ["randaugment", "autoaugment", "none", "off"],
-        "mixup": [0, 0.8, 1e-9, 1e9, -1],
-        "cutmix": [0, 1.0, 1e-9, 1e9],
-        "erasing": [0, 0.25, 1, 1.5],
-        "repeats": [1, 2, 3, 1000],
-        "smoothing": [0, 0.1, 0.999, 1],
-        "dropout": [0, 0.5, 0.999],
-        "drop_path": [0, 0.1, 0.999],
-        "ema": [0, 0.5, 0.99996],
-        "tau": [1, 3, 1e-6, 1e6],
-        "lam": [0, 0.1, 1],
-        "optimizer": ["adamw", "sgd"],
-        "lr": [0, 1e-3, 1, 1e3, 1e30],
-        "min_lr": [0, 1e-5, 10],
-        "warmup_lr": [0, 1e-6, 10],
-        "warmup_epochs": [0, 0.5, 5],
-        "weight_decay": [0, 0.05, 100],
-        "clip_grad": [0, 1e-9, 1],
-        "epochs": [1],
-        "teacher_epochs": [1],
-        "batch_size": [1, 2, 4, 8, 7, 100],
-        "accumulate": [1, 2, 3],
-        "precision": ["auto", "fp32", "fp16"],
-        "seed": [0, 2**62, -1],
-        "workers": [-1, 0],
-        "save_every": [0, 1, 100],
-        "out": ["run", "notes.txt/run"],
-    }
-    switches = ["no_distill_token", "resume", "overwrite", "skip_broken"]
-    words = {
-        name: choices[rng.integers(len(choices))] for name, choices in values.items() if rng.random() < 0.3
-    }
-    words = dict(epochs=1, teacher_epochs=1, batch_size=4, device="cpu", depth=1, limit=8) | words
-    return flags(words | {name: True for name in switches if rng.random() < 0.2})
+    """Flags at random."""
+    words = {"epochs": 1, "teacher_epochs": 1, "batch_size": 4, "depth": 1, "limit": 8}
+    for one in dataclasses.fields(Settings):
+        kinds = {bool: [True], int: [0, 1, 2, 3, 1000, -1], float: [0, 1e-9, 0.1, 0.5, 0.999, 10, 1e30]}
+        choices = SPECIAL.get(one.name, kinds.get(type(one.default), one.metadata["allowed"]))
+        if one.name != "compile" and rng.random() < 0.25:
+            words[one.name] = choices[rng.integers(len(choices))]
+    return flags(words | {"device": "cpu"})
 
 
 def test_flags_at_random_either_train_or_give_one_line(tmp_path, monkeypatch, capsys):
@@ -2805,9 +2432,7 @@ def test_flags_at_random_either_train_or_give_one_line(tmp_path, monkeypatch, ca
 # ---- Tools ----
 
 
-def test_the_attention_picture_has_a_row_for_each_token_and_a_column_for_each_head(
-    tmp_path, monkeypatch, capsys
-):
+def test_the_attention_picture_has_a_row_for_each_token_and_a_column_for_each_head(tmp_path, monkeypatch):
     save_network(tmp_path / "net.pth", ["a", "b"])
     Image.new("RGB", (300, 200), (10, 200, 30)).save(tmp_path / "photo.png")
     words = [tmp_path / "net.pth", tmp_path / "photo.png", "--out", tmp_path / "out.png"]
@@ -2819,7 +2444,6 @@ def test_the_attention_picture_has_a_row_for_each_token_and_a_column_for_each_he
     low, high = (np.array(heat.getpixel(at)) for at in ((2, 2), (37, 37)))
     assert high[:2].min() > 2 * low[2]  # yellow where most is, dark blue where nothing is
     assert run_evaluate(monkeypatch, "attention", *words, "--layer", "13") == 2
-    assert "the network has 2 layers" in one_line(capsys)
 
 
 def test_predictions_are_each_heads_softmax_and_their_mean(tmp_path, monkeypatch, capsys):
@@ -2849,8 +2473,7 @@ def test_odd_images_are_predicted_or_told_in_one_line_each(tmp_path, monkeypatch
     save_network(tmp_path / "net.pth", ["a", "tab\there"], distilled=False)
     (tmp_path / "text.jpg").write_text("no picture")
     (tmp_path / "empty").mkdir()
-    kinds = {"1x1.png": ("RGB", (1, 1)), "wide.png": ("L", (20_000, 2)), "cmyk.jpg": ("CMYK", (9, 9))}
-    kinds |= {"new\nline é\x1b.png": ("P", (9, 9)), "16.png": ("I;16", (9, 9)), "la.png": ("LA", (9, 9))}
+    kinds = {"1x1.png": ("RGB", (1, 1)), "wide.png": ("L", (20_000, 2)), "new\nline é\x1b.png": ("P", (9, 9))}
     for name, (mode, size) in kinds.items():
         Image.new(mode, size).save(tmp_path / name)
     files = [tmp_path / name for name in ("text.jpg", "missing.png", *kinds)]
@@ -2878,8 +2501,6 @@ def test_curves_are_drawn_from_the_logs_of_runs(tmp_path, monkeypatch, capsys):
     left, right = figures[0].axes
     assert left.lines[1].get_ydata().tolist() == pytest.approx([2, 1, 2 / 3, 1 / 2, 2 / 5])
     assert [line.get_ydata()[0] for line in right.lines] == [10, 12, 13] * 2
-    with Image.open(tmp_path / "curves.png") as picture:
-        assert picture.width > 2 * picture.height
     (tmp_path / "first/log.jsonl").write_text("{}\n")
     for run, message in (("first", "is not the log of a run"), ("nowhere", "holds no run with an epoch")):
         assert run_evaluate(monkeypatch, "curves", tmp_path / run) == 2
