@@ -2212,7 +2212,8 @@ def test_a_run_is_not_written_over_unless_told_to(tmp_path, monkeypatch, capsys)
 
 
 def test_a_run_is_not_resumed_on_other_data(tmp_path, monkeypatch, capsys):
-    bee, cow = (write_folder(tmp_path / "data", [(16, 16)]) / "train" / name for name in ("bee", "cow"))
+    train_path = write_folder(tmp_path / "data", [(16, 16)]) / "train"
+    bee, cow = train_path / "bee", train_path / "cow"
     words = QUICK | {"data": "folder", "data_path": tmp_path / "data", "epochs": 1, "batch_size": 4}
     assert run_train(monkeypatch, *flags(words | {"out": tmp_path / "run"})) == 0
     shutil.rmtree(tmp_path / "data/val/bee")
