@@ -2297,7 +2297,7 @@ SPECIAL = {
     "model": ["tiny", "small", "resnet18", "regnet_y_200mf", "vit_b_16", "tinny"],
     "img_size": [1, 4, 8, 16, 20, 32, 0, 10**6],
     "patch_size": [1, 2, 4, 8, 16, 3, 10**6],
-    "limit": [4, 8, 0],
+    "limit": [4, 8, -1],
     "teacher": ["tiny", "regnet_y_200mf", "resnet18", "mobilenet_v2"],
     "teacher_weights": ["", "tiny.pth", "notes.txt", "none.pth"],
     "batch_size": [1, 2, 4, 8, 7, 100],
