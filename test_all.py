@@ -2301,7 +2301,8 @@ def test_a_run_is_not_written_over_unless_told_to(tmp_path, monkeypatch, capsys)
 
 
 def test_a_run_is_not_resumed_on_other_data(tmp_path, monkeypatch, capsys):
-    bee, cow = (write_folder(tmp_path / "data", [(16, 16)]) / "train" / name for name in ("bee", "cow"))
+    train_path = write_folder(tmp_path / "data", [(16, 16)]) / "train"
+    bee, cow = train_path / "bee", train_path / "cow"
     words = QUICK | {"data": "folder", "data_path": tmp_path / "data", "epochs": 1, "batch_size": 4}
     assert run_train(monkeypatch, *flags(words | {"out": tmp_path / "run"})) == 0
     shutil.rmtree(tmp_path / "data/val/bee")
@@ -2385,7 +2386,7 @@ SPECIAL = {
     "model": ["tiny", "small", "resnet18", "regnet_y_200mf", "vit_b_16", "tinny"],
     "img_size": [1, 4, 8, 16, 20, 32, 0, 10**6],
     "patch_size": [1, 2, 4, 8, 16, 3, 10**6],
-    "limit": [4, 8, 0],
+    "limit": [4, 8, -1],
     "teacher": ["tiny", "regnet_y_200mf", "resnet18", "mobilenet_v2"],
     "teacher_weights": ["", "tiny.pth", "notes.txt", "none.pth"],
     "batch_size": [1, 2, 4, 8, 7, 100],
