@@ -10,6 +10,7 @@ passed in, so that they are the same on every device and no step waits for the G
     python evaluate.py augmentations --out augmentations.png      draws every operation below
 """
 
+import functools
 import hashlib
 import math
 from collections.abc import Callable, Iterator
@@ -31,6 +32,12 @@ def keyed_generator(*key) -> Generator:
     """A CPU generator whose state depends on `key` (numbers, strings) alone: a resumed run draws the same."""
     digest = hashlib.blake2b(repr(key).encode(), digest_size=8).digest()
     return Generator().manual_seed(int.from_bytes(digest, "little") >> 1)
+
+
+@functools.cache
+def constant(values: tuple, device: torch.device) -> Tensor:
+    """The tensor of some constants, which is copied to a device once."""
+    return torch.tensor(values).to(device)
 
 
 def to_device(values: Tensor, device: torch.device) -> Tensor:
@@ -254,7 +261,7 @@ def sharpness(images: Tensor, factor: Tensor) -> Tensor:
 
 def fill_outside(sampled: Tensor, inside: Tensor) -> Tensor:
     """Whole levels where the source point lies in the image, the fill color elsewhere."""
-    fill = to_device(torch.tensor(FILL, dtype=torch.uint8), sampled.device).view(1, 3, 1, 1)
+    fill = constant(FILL, sampled.device).to(torch.uint8).view(1, 3, 1, 1)
     # Four float32 weights may sum to a hair less than 1; cut to whole levels, flat areas would darken by one.
     return inside * (sampled + 1e-3).clamp_(0, 255).to(torch.uint8) + ~inside * fill
 
@@ -327,13 +334,15 @@ def apply_operations(images: Tensor, op: Tensor, argument: Tensor) -> Tensor:
     """
     order = op.argsort()  # puts the images of each operation side by side
     counts = torch.bincount(op + 1, minlength=1 + len(OPERATIONS)).tolist()  # known on the CPU: no waiting
-    grouped = images.index_select(0, to_device(order, images.device))
-    groups = grouped.split(counts)[1:]
-    arguments = to_device(argument[order], images.device).split(counts)[1:]
+    packed = torch.stack([order.float(), order.argsort().float(), argument[order]])  # for one copy
+    packed = to_device(packed, images.device)
+    order, back = packed[:2].long()
+    grouped = images.index_select(0, order)
+    groups, arguments = grouped.split(counts)[1:], packed[2].split(counts)[1:]
     for operation, group, argument in zip(OPERATIONS.values(), groups, arguments, strict=True):
         if len(group):
             group.copy_(operation(group, argument))
-    return grouped.index_select(0, to_device(order.argsort(), images.device))
+    return grouped.index_select(0, back)
 
 
 # ---- Policies: which operation, how strong ----
@@ -435,7 +444,7 @@ def normalize(images: Tensor) -> Tensor:
     """uint8 (B, 3, H, W) -> float32 with ImageNet's mean 0 and standard deviation 1 in each channel."""
     if images.dtype != torch.uint8:
         raise ValueError(f"images must be uint8, not {images.dtype}")
-    mean, std = to_device(255 * torch.tensor([MEAN, STD]), images.device).view(2, 1, 3, 1, 1)
+    mean, std = (255 * constant((MEAN, STD), images.device)).view(2, 1, 3, 1, 1)
     return images.float().sub_(mean).div_(std)
 
 
@@ -456,12 +465,13 @@ class RandomErasing:
         boxes, found = draw_boxes(count, sides, sides - 1, (0.02, 1 / 3), 0.3, generator)
         erased = (torch.rand(count, generator=generator) < self.probability) & found
         seed = torch.randint(2**62, (), generator=generator).item()
-        boxes, index = boxes[erased], to_device(erased.nonzero()[:, 0], device)
+        boxes = torch.cat([boxes[erased], erased.nonzero()], dim=1)  # with the image's number
         # The noise is drawn where it is needed. How much of it is known on the CPU: nothing waits.
-        total = channels * boxes[:, 2:].prod(dim=1).sum().item()
+        total = channels * boxes[:, 2:4].prod(dim=1).sum().item()
         device_generator = Generator("cpu" if inputs.is_meta else device).manual_seed(seed)
         noise = torch.randn(total, generator=device_generator, device=device, dtype=inputs.dtype)
-        top, left, h, w = to_device(boxes, device).T[..., None]  # (k, 1) each, of the k erased images
+        *box, index = to_device(boxes, device).T
+        top, left, h, w = (side[:, None] for side in box)  # (k, 1) each, of the k erased images
         y, x = torch.arange(height, device=device), torch.arange(width, device=device)
         rows, columns = (y >= top) & (y < top + h), (x >= left) & (x < left + w)  # (k, H), (k, W)
         inside = rows[:, None, :, None] & columns[:, None, None, :]  # (k, 1, H, W)

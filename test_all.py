@@ -2057,6 +2057,16 @@ def test_a_checkpoint_that_would_unpack_or_allocate_much_is_refused(tmp_path):
         create_teacher("tiny", 2, tmp_path / "huge.pth")
 
 
+def test_a_step_copies_what_it_draws_in_five_pieces(monkeypatch):
+    copies, plain, draws = [], augment.to_device, torch.Generator().manual_seed(0)
+    monkeypatch.setattr("augment.to_device", lambda *arguments: copies.append(1) or plain(*arguments))
+    step = augment.Augment(10)
+    images, labels = torch.zeros(256, 3, 32, 32, dtype=torch.uint8), torch.zeros(256, dtype=torch.int64)
+    for _ in range(3):
+        step(augment.random_crop(images, 32, draws), labels, draws)
+    assert len(copies) == 3 * 5  # crop, mirror, two operations, erasing
+
+
 def test_only_a_cuda_device_is_copied_to_without_waiting():
     class Values:  # an Apple GPU may read memory that was released meanwhile
         def pin_memory(self):
