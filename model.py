@@ -179,7 +179,7 @@ class DeiT(nn.Module):
         x = self.embed(images)
         for block in self.blocks[:-1]:
             x = block(x)
-        # The heads read the prefix tokens alone: in the last block no other token needs to ask (6 % faster).
+        # The heads read the prefix tokens alone, so in the last block no other asks: 6 % fewer FLOPs at 224.
         x = self.norm(self.blocks[-1](x, num_queries=self.num_prefix_tokens))
         return (self.head(x[:, 0]), self.head_dist(x[:, 1])) if self.distilled else self.head(x[:, 0])
 

@@ -207,7 +207,7 @@ def train(
                 text = f"epoch {epoch + 1}  step {run.step}/{steps}  loss {mean:.3f}  lr {lr:.2e}"
                 progress.show(run.step, text)
             stop = signals.asked(run.step)
-            if stop or (s.save_every and run.step % s.save_every == 0):
+            if stop or (s.save_every and run.step % s.save_every == 0 and run.step % per_epoch):
                 run.save()
             if stop:
                 text = (
