@@ -46,16 +46,31 @@ def is_url(source: str | Path) -> bool:
     return str(source).startswith(("http://", "https://"))
 
 
+def file_hash(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
 def download(url: str) -> Path:
     """Where a URL's file is on this machine, after downloading it if it is not there yet."""
     folder = Path(torch.hub.get_dir(), "checkpoints", hashlib.sha256(url.encode()).hexdigest()[:16])
     path = folder / Path(urllib.parse.urlparse(url).path).name
     folder.mkdir(parents=True, exist_ok=True)
-    main_process_first(lambda: path.exists() or torch.hub.download_url_to_file(url, str(path)))
+    try:
+        main_process_first(lambda: path.exists() or torch.hub.download_url_to_file(url, str(path)))
+    except urllib.error.URLError as error:
+        text = f"could not download {url}: {error.reason}; check the address and the network"
+        raise UserError(text) from None
     named = re.search(r"-([0-9a-f]{8,})\.", path.name)
-    if named and not hashlib.sha256(path.read_bytes()).hexdigest().startswith(named[1]):
+    if named and not file_hash(path).startswith(named[1]):
         raise UserError(f"{path} has not the SHA-256 that its name says; delete it")
     return path
+
+
+def locate(source: str | Path) -> Path:
+    """A checkpoint's file: itself, last.pth of a run's folder, or that of a URL or a name in OFFICIAL."""
+    source = OFFICIAL.get(str(source), source)
+    path = download(source) if is_url(source) else Path(source)
+    return path / "last.pth" if path.is_dir() else path
 
 
 def read_checkpoint(source: str | Path) -> dict:
@@ -64,10 +79,8 @@ def read_checkpoint(source: str | Path) -> dict:
     No code in it is run. A URL is downloaded once; a file name that ends in -HASH.pth has its SHA-256 checked
     against it. Raises UserError if there is no such file or it is not a checkpoint.
     """
-    source = OFFICIAL.get(str(source), source)
     try:
-        path = download(source) if is_url(source) else Path(source)
-        path = path / "last.pth" if path.is_dir() else path
+        path = locate(source)
         if zipfile.is_zipfile(path):
             with zipfile.ZipFile(path) as members:
                 if any(member.compress_type for member in members.infolist()):
@@ -80,9 +93,6 @@ def read_checkpoint(source: str | Path) -> dict:
                 raise UserError("its parts are not named weights")
     except FileNotFoundError:
         raise UserError(f"there is no file {path}") from None
-    except urllib.error.URLError as error:
-        reason = getattr(error, "reason", error)
-        raise UserError(f"could not download {source}: {reason}; check the address and the network") from None
     except Exception as error:  # a damaged file can make the reader raise anything
         reason = "it holds something else than weights and settings, or is damaged"
         if not isinstance(error, pickle.UnpicklingError):

@@ -1558,6 +1558,55 @@ def test_students_started_at_once_do_not_disturb_each_others_teacher(tmp_path, m
         assert equal(saved(out)["model"], before["model"])
 
 
+def no_teacher(*arguments, **options):
+    raise AssertionError("the teacher was asked")
+
+
+def test_a_second_student_reads_the_labels_that_the_first_ones_teacher_gave(tmp_path, monkeypatch):
+    words = QUICK | {"distill": "hard", "teacher_epochs": 1, "accumulate": 2, "out": tmp_path / "plain"}
+    assert forked(flags(words)) == 0
+    words |= {"remember_labels": True, "save_every": 2}
+    again = flags(words | {"out": tmp_path / "first", "resume": True})
+    assert forked(again, ("step", 6, signal.SIGKILL)) == -signal.SIGKILL
+    assert forked(again) == 0
+    assert forked(flags(words | {"epochs": 4, "out": tmp_path / "longer"})) == 0
+    monkeypatch.setattr("train.create_teacher", no_teacher)
+    for out, more in (("second", {}), ("again", {"epochs": 4})):
+        assert run_train(monkeypatch, *flags(words | more | {"out": tmp_path / out})) == 0
+    assert same_run(tmp_path / "plain", tmp_path / "first") and same_run(
+        tmp_path / "plain", tmp_path / "second"
+    )
+    assert same_run(tmp_path / "longer", tmp_path / "again")
+    (labels,) = tmp_path.glob("labels-*")
+    assert labels.stat().st_size == 4 * 3 * 16 and min(labels.read_bytes()) > 0
+    words["epochs"] = 1
+    others = {"lr": 1e-3}, {"no_distill_token": True}, {"drop_path": 0.2}, {"smoothing": 0.0}, {"depth": 1}
+    for n, more in enumerate(others):
+        assert run_train(monkeypatch, *flags(words | more | {"out": tmp_path / f"s{n}"})) == 0
+    inputs = (
+        {"seed": 1},
+        {"batch_size": 8},
+        {"accumulate": 1},
+        {"mixup": 0.0},
+        {"erasing": 0.0},
+        {"limit": 50},
+    )
+    for n, more in enumerate((*inputs, {"augment": "none"}, {"repeats": 3}, {"teacher_epochs": 2})):
+        with pytest.raises(AssertionError, match="the teacher was asked"):
+            run_train(monkeypatch, *flags(words | more | {"out": tmp_path / f"t{n}"}))
+
+
+def test_each_of_two_processes_remembers_its_own_labels(tmp_path):
+    words = QUICK | {"distill": "hard", "teacher_epochs": 1, "epochs": 2}
+    fork_two(train.main, flags(words | {"out": tmp_path / "plain"}))
+    words["remember_labels"] = True
+    for out, known in (("first", " 0 %"), ("second", " 100 %")):
+        told = fork_two(train.main, flags(words | {"out": tmp_path / out}), tmp_path / "told")
+        assert f"for each process,{known} are known" in told
+        assert same_run(tmp_path / "plain", tmp_path / out)
+    assert len(list(tmp_path.glob("labels-*"))) == 2
+
+
 # ---- The loop: the data ----
 
 
@@ -2231,6 +2280,7 @@ MISTAKES = {
     "--data folder --data-path empty": "there is no folder empty/train; --data-path must hold train/CLASS/*",
     "--distill label --no-distill-token": "needs a transformer and no --no-distill-token",
     "--distill label --model resnet18": "needs a transformer",
+    "--distill soft --remember-labels": "--remember-labels is for --distill hard alone",
     "--depth 0": "argument --depth: 0 is not allowed: it must be from 1 to 100",
     "--limit -1": "argument --limit: -1 is not allowed",
     "--distill hard --teacher-weights none.pth": "there is no file none.pth; --teacher-weights takes",
