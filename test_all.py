@@ -1416,20 +1416,7 @@ def test_throughput_tells_rates_and_the_share_of_the_peak(monkeypatch, capsys, m
     for line, cost in ((inference, flops), (training, 3 * flops)):
         assert "  8.0 images/s, batch 4, mean of 7 runs" in line
         assert f"{8 * cost / 1e12:.3g} TFLOP/s, {100 * 8 * cost / 1e10:.1f} % of the peak" in line
-        assert "high-water mark" in line
     assert augmentation.startswith("augmentation  8.0 images/s")
-
-
-def test_the_largest_batch_is_the_largest_power_of_two_that_fits(monkeypatch):
-    monkeypatch.setattr(torch.cuda, "synchronize", lambda *_: None)
-
-    def run(batch):
-        if batch > 200:
-            raise torch.OutOfMemoryError
-
-    for device, largest in (("cuda", 128), ("cpu", 16)):
-        found = measure.largest_batch(lambda batch: partial(run, batch), torch.device(device))
-        assert found == largest
 
 
 @pytest.mark.parametrize("distilled", [False, True])
