@@ -292,10 +292,8 @@ def throughput(arguments: Namespace) -> None:
     best of several large matrix products of the same precision.
     """
     device, precision, runs = arguments.device, arguments.precision, arguments.runs
-    distill, names = "label" if arguments.distilled else "none", ("model", "img_size", "patch_size")
-    s = complete(
-        {"data": "imagenet", "distill": distill} | {name: getattr(arguments, name) for name in names}
-    )
+    sizes = {name: getattr(arguments, name) for name in ("model", "img_size", "patch_size")}
+    s = complete({"data": "imagenet", "distill": "label" if arguments.distilled else "none"} | sizes)
     if s.distilled != arguments.distilled:
         raise UserError("--distilled is about a second token, which only tiny, small and base have")
     check_sizes(s.model, s, 2)
@@ -321,21 +319,16 @@ def throughput(arguments: Namespace) -> None:
         optimizer.zero_grad()
 
     name = torch.cuda.get_device_name() if device.type == "cuda" else f"{torch.get_num_threads()} threads"
-    flops, weights = count_flops(network, s.img_size), sum(p.numel() for p in network.parameters())
-    print(
-        f"{s.model} at {s.img_size} pixels: {weights / 1e6:.1f} M parameters, {flops / 1e9:.2f} GFLOP an image"
-    )
+    flops, weights = count_flops(network, s.img_size), sum(p.numel() for p in network.parameters()) / 1e6
+    print(f"{s.model} at {s.img_size} pixels: {weights:.1f} M parameters, {flops / 1e9:.2f} GFLOP an image")
     print(f"{str(dtype).removeprefix('torch.')} on {device} ({name}), torch {torch.__version__}")
     peak, side = matmul_peak(dtype, device)
     print(f"peak          {peak / 1e12:.3g} TFLOP/s, the best of 5 products of {side} × {side} matrices")
     for step, cost in ((inference, flops), (training, 3 * flops)):
         model.train(step is training)
         rate = count / seconds(step, runs, device)
-        share = f"{rate * cost / 1e12:.3g} TFLOP/s, {100 * rate * cost / peak:.1f} % of the peak"
-        print(
-            f"{step.__name__:12}  {rate:.1f} images/s, batch {count}, mean of {runs} runs; {share}",
-            flush=True,
-        )
+        print(f"{step.__name__:12}  {rate:.1f} images/s, batch {count}, mean of {runs} runs; ", end="")
+        print(f"{rate * cost / 1e12:.3g} TFLOP/s, {100 * rate * cost / peak:.1f} % of the peak", flush=True)
     augment, generator = Augment(1000), keyed_generator("throughput")
     rate = count / seconds(lambda: augment(images, labels, generator), runs, device)
     print(f"augmentation  {rate:.1f} images/s, batch {count}, mean of {runs} runs")
