@@ -1499,6 +1499,21 @@ def test_two_processes_keep_one_set_of_batchnorm_statistics(tmp_path):
     assert first == second
 
 
+def test_a_run_says_after_a_few_steps_how_long_it_takes_and_what_would_be_quick(monkeypatch, capsys):
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    for seconds, hint in ((2, ""), (20, "; for a quick run without a GPU add --limit 5000 --epochs 10")):
+        now = itertools.count(100, 3 * seconds)  # the start, then every third step
+        monkeypatch.setattr("time.monotonic", lambda now=now: next(now))
+        progress = launch.Progress(7, 1007, batch_size=64)
+        for step in (10, 13):
+            progress.show(step, f"step {step}")
+        first, second, third = capsys.readouterr().out.splitlines()
+        left = "0:33:14" if seconds == 2 else "5:32:20"
+        assert first == f"these 1000 steps will take about {left}{hint}"
+        assert second == f"step 10  {64 / seconds:.0f} images/s  {left} left"
+        assert third.startswith("step 13  ")
+
+
 def test_evaluation_scores_each_head_and_their_fusion():
     student = nn.Module()
     student.distilled = True
