@@ -22,7 +22,7 @@ import torch
 import torchvision
 from torch import Tensor, nn
 
-from launch import UserError, all_reduce, main_process_first, print0, rank, world_size
+from launch import UserError, all_reduce, main_process_first, print0, rank
 from model import SIZES
 
 # The authors' ImageNet checkpoints, by short name. A file's name ends in the first digits of its SHA-256.
@@ -175,14 +175,12 @@ def check_class_order(source: str, names: list[str], num_classes: int) -> None:
 
 # The paper's teacher, regnety_160-a5fe301d.pth, names its modules otherwise: (its pattern, torchvision's).
 PAPER_LAYOUT = (
-    (r"^stem\.conv", "stem.0"),
-    (r"^stem\.bn", "stem.1"),
     (r"^s(\d)\.b(\d+)", lambda m: f"trunk_output.block{m[1]}.block{m[1]}-{int(m[2]) - 1}"),
-    (r"\.conv(\d)\.conv", lambda m: f".f.{'abc'[int(m[1]) - 1]}.0"),
-    (r"\.conv(\d)\.bn", lambda m: f".f.{'abc'[int(m[1]) - 1]}.1"),
+    (r"\.conv(\d)", lambda m: f".f.{'abc'[int(m[1]) - 1]}"),
     (r"\.se\.", ".f.se."),
-    (r"\.downsample\.conv", ".proj.0"),
-    (r"\.downsample\.bn", ".proj.1"),
+    (r"\.downsample", ".proj"),
+    (r"\.conv\.", ".0."),
+    (r"\.bn\.", ".1."),
     (r"^head\.fc", "fc"),
 )
 
@@ -272,10 +270,6 @@ class Run:
         device = next(network.parameters()).device
         dtype = torch.float32 if device.type == "mps" else torch.float64
         self.loss_sum = torch.zeros((), device=device, dtype=dtype)
-        # In another environment the same run has other rounding errors.
-        self.environment = f"{world_size()} × {device.type}, {torch.get_num_threads()} threads, torch "
-        self.environment += f"{torch.__version__}, {settings['accumulate']} parts, {settings['precision']}"
-        self.environment += ", compiled" if settings["compile"] else ""
 
     def check_finite(self, *values: Tensor) -> None:
         """Raises UserError if a value is not finite; waits for the device."""
@@ -299,7 +293,6 @@ class Run:
                 "log": self.log,
                 "loss_sums": [loss_sum.item()],
                 "per_epoch": self.steps_per_epoch,
-                "made_on": self.environment,
             },
             "settings": self.settings,
         }
@@ -346,6 +339,3 @@ class Run:
         if rank() == 0 and self.step > len(self.log) * self.steps_per_epoch:
             self.loss_sum.fill_(sum(progress["loss_sums"]))
         print0(f"resuming {self.out} after step {self.step}, {len(self.log)} epochs")
-        if progress["made_on"] != self.environment:
-            print0(f"it was made with {progress['made_on']} and goes on with {self.environment}:")
-            print0("its numbers will differ a little from those of a run that was never stopped")
