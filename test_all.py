@@ -55,7 +55,7 @@ from distill import LOSSES, REGNETY, create_teacher, hard_distillation_loss, pre
 from launch import UserError
 from model import Attention, Block, DeiT, DropPath, attend, create_model, fuse, load_weights
 from settings import Settings, build_parser, complete
-from train import build_network, evaluate, load_teacher
+from train import build_network, load_teacher
 
 CPU = torch.device("cpu")
 torch.set_num_threads(1)  # on tensors as small as here more threads take longer
@@ -90,6 +90,18 @@ def run_script(script, main, monkeypatch, *words):
 run_train = partial(run_script, "train.py", train.main)
 run_finetune = partial(run_script, "finetune.py", finetune.main)
 run_evaluate = partial(run_script, "evaluate.py", measure.main)
+
+
+@pytest.fixture
+def output(monkeypatch, capsys):
+    """Runs a program, and gives what it printed; with code 2 the one line on standard error that ended it."""
+
+    def output(run, *words, code=0):
+        assert run(monkeypatch, *words) == code
+        return one_line(capsys) if code == 2 else capsys.readouterr().out
+
+    return output
+
 
 # Runs that are to be killed, or of several processes, are forked from a server that has imported everything
 SERVER = multiprocessing.get_context("forkserver")
@@ -134,24 +146,18 @@ def fork_two(main, words, told=os.devnull):
 
 def run_with(fault=None, main=train.main):
     """A program with a fault (what, when, signal): the signal comes at the when-th of all calls of what."""
-    what, when, number = fault or (None, 0, 0)
-    calls = Counter()
+    places = {"step": (train, "learning_rate"), "write": (os, "fsync"), "rename": (os, "replace")}
+    places |= {"evaluation": (train, "fuse"), "teacher": (train, "create_teacher"), "link": (os, "link")}
+    if fault:
+        (what, when, number), calls = fault, itertools.count(1)
+        plain = getattr(*places[what])
 
-    def hurt(module, name):
-        plain = getattr(module, name)
-
-        def wrapped(*arguments, **options):
-            calls[what] += 1
-            if calls[what] == when:
+        def hurt(*arguments, **options):
+            if next(calls) == when:
                 os.kill(os.getpid(), number)
             return plain(*arguments, **options)
 
-        setattr(module, name, wrapped)
-
-    places = {"step": (train, "learning_rate"), "write": (os, "fsync"), "rename": (os, "replace")}
-    places |= {"evaluation": (train, "fuse"), "teacher": (train, "create_teacher"), "link": (os, "link")}
-    if what:
-        hurt(*places[what])
+        setattr(*places[what], hurt)
     launch.run_program(main)
 
 
@@ -1093,23 +1099,27 @@ def test_a_distillation_token_that_is_dropped_leaves_the_rest_as_it_was():
     assert all(torch.equal(p, theirs[key]) for key, p in network.state_dict().items() if key != "pos_embed")
 
 
-def test_a_teacher_is_brought_to_the_new_size_by_the_same_program(tmp_path, monkeypatch, capsys):
+def test_a_teacher_or_a_published_convnet_is_fine_tuned_and_then_teaches(tmp_path, monkeypatch, output):
     monkeypatch.chdir(tmp_path)
     words = QUICK | {"epochs": 1, "distill": "hard", "teacher": "resnet18", "teacher_epochs": 1}
     assert run_train(monkeypatch, *flags(words)) == 0
-    assert run_finetune(monkeypatch, *flags({"epochs": 1, "batch_size": 16, "out": "low"})) == 0
+    told = output(run_finetune, *flags({"epochs": 1, "batch_size": 16, "out": "low"}))
     (low,) = Path("runs").glob("teacher-shapes-16px-resnet18-*")
-    told = capsys.readouterr().out
     assert "the teacher sees the images at its own 16 pixels; to bring it along first:" in told
     assert f"  python finetune.py --checkpoint {low}/last.pth --img-size 24 --out OUT" in told
-    words = {"img_size": 24, "epochs": 1, "limit": 55, "batch_size": 16, "out": "high"}
-    assert run_finetune(monkeypatch, *flags(words | {"checkpoint": low / "last.pth"})) == 0
-    words = {"teacher_weights": "high/last.pth", "batch_size": 16, "epochs": 1, "out": "tuned"}
-    assert run_finetune(monkeypatch, *flags(words)) == 0
-    assert "sees the images at its own" not in capsys.readouterr().out.rpartition("high/last.pth")[2]
+    words = {"img_size": 24, "epochs": 1, "limit": 55, "batch_size": 16}
+    output(run_finetune, *flags(words | {"checkpoint": low / "last.pth", "out": "high"}))
+    torch.save(distill.create_convnet("resnet18", 1000, 224).state_dict(), "published.pth")
+    monkeypatch.setattr("checkpoint.download", lambda url: Path("published.pth"))
+    words |= {"checkpoint": "resnet18", "data": "shapes", "out": "own"}
+    assert "resnet18: new heads for 10 classes" in output(run_finetune, *flags(words))
+    for weights in ("high/last.pth", "own/last.pth"):
+        words = {"teacher_weights": weights, "batch_size": 16, "epochs": 1, "out": "tuned"}
+        told = output(run_finetune, *flags(words | {"overwrite": True}))
+        assert "sees the images at its own" not in told
+        assert saved("tuned")["settings"]["teacher_weights"] == weights
     before, after = (saved(out)["model"]["conv1.weight"] for out in (low, "high"))
     assert 0 < (after - before).norm() < 0.3 * before.norm()  # it did start there
-    assert saved("tuned")["settings"]["teacher_weights"] == "high/last.pth"
 
 
 def save_official(path, **options):
@@ -1121,7 +1131,7 @@ def save_official(path, **options):
 
 
 @pytest.mark.parametrize("distill", ["label", "none"])
-def test_an_official_file_transfers_to_a_folder_of_pictures(tmp_path, monkeypatch, capsys, distill):
+def test_an_official_file_transfers_to_a_folder_of_pictures(tmp_path, monkeypatch, output, distill):
     monkeypatch.chdir(tmp_path)
     write_folder(tmp_path / "data", STREAMED)
     write_folder(tmp_path / "pets", STREAMED, ("cat", "dog"))
@@ -1129,17 +1139,18 @@ def test_an_official_file_transfers_to_a_folder_of_pictures(tmp_path, monkeypatc
 
     def run(start, out, expected, **more):
         words = {"checkpoint": start, "epochs": 1, "batch_size": 4, "lr": 1e-9, "min_lr": 0, "warmup_lr": 0}
-        assert run_finetune(monkeypatch, *flags(words | {"workers": 0, "out": out} | more)) == 0
+        told = output(run_finetune, *flags(words | {"workers": 0, "out": out} | more))
         names = ("classes", "img_size", "distill", "model", "patch_size")
         assert [saved(out)["settings"][name] for name in names] == [*expected, distill, "tiny", 16]
-        return capsys.readouterr().out
+        return told
 
     told = run("official.pth", "run", (["ant", "bee"], 32), data="folder", data_path="data")
+    tuned = saved("run")["model"]
     for key, value in official.state_dict().items():
         if key.startswith("head"):
-            assert saved("run")["model"][key].shape == (2, *value.shape[1:])
+            assert tuned[key].shape == (2, *value.shape[1:])
         else:
-            torch.testing.assert_close(saved("run")["model"][key], value, rtol=0, atol=1e-6)
+            torch.testing.assert_close(tuned[key], value, rtol=0, atol=1e-6)
     assert "official.pth: new heads for 2 classes\n" in told
     assert "before" not in told  # its heads say nothing of these classes
     # and goes on from there: to as many other classes, or at another resolution with its own
@@ -1149,42 +1160,22 @@ def test_an_official_file_transfers_to_a_folder_of_pictures(tmp_path, monkeypatc
     assert "before, at 32 pixels: class" in run("run/last.pth", "higher", (["ant", "bee"], 48))
 
 
-def test_a_published_convnet_learns_own_classes_and_then_teaches_them(tmp_path, monkeypatch, capsys):
-    monkeypatch.chdir(tmp_path)
-    write_folder(tmp_path / "data", [(50, 40), (30, 60)])
-    torch.save(distill.create_convnet("resnet18", 1000, 224).state_dict(), "published.pth")
-    monkeypatch.setattr("checkpoint.download", lambda url: Path("published.pth"))
-    words = {
-        "data": "folder",
-        "data_path": "data",
-        "epochs": 1,
-        "batch_size": 4,
-        "workers": 0,
-        "img_size": 32,
-    }
-    assert run_finetune(monkeypatch, *flags(words | {"checkpoint": "resnet18", "out": "teacher"})) == 0
-    assert "resnet18: new heads for 2 classes" in capsys.readouterr().out
-    words |= {"distill": "hard", "teacher": "resnet18", "teacher_weights": "teacher/last.pth", "depth": 2}
-    assert run_train(monkeypatch, *flags(words | {"out": "student"})) == 0
-
-
-def test_imagenets_own_weights_keep_their_heads(tmp_path, monkeypatch, capsys):
+def test_imagenets_own_weights_keep_their_heads(tmp_path, monkeypatch, output):
     monkeypatch.chdir(tmp_path)
     write_folder(tmp_path / "data", [(50, 40), (30, 60)])
     official = save_official("two.pth", num_classes=2)
     save_official("three.pth", num_classes=3)
     words = {"data_path": "data", "epochs": 1, "batch_size": 4, "workers": 0, "img_size": 48, "out": "run"}
-    assert run_finetune(monkeypatch, *flags(words | {"checkpoint": "two.pth"})) == 0
+    printed = output(run_finetune, *flags(words | {"checkpoint": "two.pth"}))
     s = Settings(data="imagenet", img_size=32, workers=0)
     before = train.evaluate(official, data.load_data(s, CPU, ("val",))[0], s, CPU)
-    printed = capsys.readouterr().out
     assert f"before, at 32 pixels: {train.accuracy_line(before)}\n" in printed
     assert "two.pth: position embeddings are resized\nat the start, at 48 pixels: class" in printed
     words |= {"checkpoint": "three.pth", "out": "other"}
-    assert run_finetune(monkeypatch, *flags(words)) == 2
-    assert "this recipe is too gentle for new heads; use --recipe short" in capsys.readouterr().err
-    assert run_finetune(monkeypatch, *flags(words), "--recipe", "short") == 0
-    assert "three.pth: new heads for 2 classes; position embeddings are resized\n" in capsys.readouterr().out
+    refused = output(run_finetune, *flags(words), code=2)
+    assert "this recipe is too gentle for new heads; use --recipe short" in refused
+    told = output(run_finetune, *flags(words), "--recipe", "short")
+    assert "three.pth: new heads for 2 classes; position embeddings are resized\n" in told
 
 
 @pytest.mark.parametrize(
@@ -1234,7 +1225,7 @@ def insects(tmp_path):
     return tmp_path, model
 
 
-def test_accuracy_is_the_share_of_right_images_on_one_process_and_on_two(insects, monkeypatch, capsys):
+def test_accuracy_is_the_share_of_right_images_on_one_process_and_on_two(insects, output):
     path, model = insects
     files = sorted((path / "images/val").rglob("*.png"))
     labels = torch.tensor([CLASSES.index(file.parent.name) for file in files])
@@ -1249,8 +1240,7 @@ def test_accuracy_is_the_share_of_right_images_on_one_process_and_on_two(insects
     (path / "images/train/elk").mkdir(parents=True)  # what lies beside the folder has no say
     (path / "images/val").rename(path / "images/shots")
     words = ["accuracy", path / "net.pth", "--val", path / "images/shots", "--per-class", "--device", "cpu"]
-    assert run_evaluate(monkeypatch, *words) == 0
-    alone = capsys.readouterr().out
+    alone = output(run_evaluate, *words)
     lines = alone.splitlines()
     assert lines[0].endswith(f"net.pth: 11 images of {path}/images/shots")
     assert lines[1:3] == list(told.values())
@@ -1284,7 +1274,7 @@ def test_evaluate_repeats_the_accuracy_that_training_ended_with(tmp_path, monkey
     assert told.count(f"{10 if len(sizes) > 1 else 11} images of") == 2
 
 
-def test_imagenet_real_takes_any_of_an_images_labels_and_skips_images_without(insects, monkeypatch, capsys):
+def test_imagenet_real_takes_any_of_an_images_labels_and_skips_images_without(insects, output):
     path, model = insects
     shutil.rmtree(path / "images/val/bee")
     files = [path / "images/val/ant" / f"ILSVRC2012_val_0000000{n}.png" for n in range(1, 7)]
@@ -1296,12 +1286,9 @@ def test_imagenet_real_takes_any_of_an_images_labels_and_skips_images_without(in
     real = [[(first + 1) % 7], [], [], [(fourth + 1) % 7, fourth], [], []]
     (path / "real.json").write_text(json.dumps(real))
     words = ["accuracy", path / "net.pth", "--val", path / "images/val", "--real", path / "real.json"]
-    assert run_evaluate(monkeypatch, *words) == 0
-    line = next(line for line in capsys.readouterr().out.splitlines() if "Real" in line)
-    assert line.startswith("  Real   class 50.00 %") and line.endswith("(2 images)")
+    assert re.search(r"\n  Real   class 50\.00 % .*\(2 images\)\n", output(run_evaluate, *words))
     (path / "real.json").write_text("[[1]]")
-    assert run_evaluate(monkeypatch, *words) == 2
-    assert "ILSVRC2012_val_*" in one_line(capsys)
+    assert "ILSVRC2012_val_*" in output(run_evaluate, *words, code=2)
 
 
 def test_classes_go_by_name_then_by_number_then_by_place():
@@ -1323,34 +1310,31 @@ def test_classes_go_by_name_then_by_number_then_by_place():
         indices(None, 1000, [f"x{i}" for i in range(1000)])
 
 
-def test_compare_is_table_4_with_a_row_for_the_truth_and_each_head(tmp_path, monkeypatch, capsys):
+def test_compare_is_table_4_with_a_row_for_the_truth_and_each_head(tmp_path, output):
     truth, first, second = [0, 1, 2, 0, 1, 2], [0, 1, 2, 0, 0, 0], [1, 1, 2, 0, 2, 0]
     expected = torch.tensor([[0, 2, 3], [2, 0, 2], [3, 2, 0]]) / 6
     torch.testing.assert_close(measure.disagreement(torch.tensor([truth, first, second])).float(), expected)
     words = [tmp_path / f"{name}/last.pth" for name in "ab"] + ["--device", "cpu"]
     for n in (0, 1):
         save_network(words[n], list(data.SHAPES), distilled=n == 1)
-    assert run_evaluate(monkeypatch, "compare", *words) == run_evaluate(monkeypatch, "accuracy", *words) == 0
-    lines = capsys.readouterr().out.splitlines()
+    lines = output(run_evaluate, "compare", *words).splitlines()
     rows = [re.fullmatch(r"(\d) (.*?)  +([\d. ]+)", line).groups() for line in lines[2:7]]
     assert [row[1] for row in rows] == ["ground truth", "a", "b class", "b distillation", "b fused"]
     matrix = np.array([row[2].split() for row in rows], dtype=float)
     assert np.array_equal(matrix, matrix.T) and not matrix.diagonal().any()
-    right = [float(x) for line in lines[7:] if "top-1" in line for x in re.findall(r"([\d.]+) %", line)]
-    assert matrix[0, 1:].tolist() == pytest.approx([100 - share for share in right], abs=0.06)
-    save_network(tmp_path / "c.pth", ["x", "y"])
-    assert run_evaluate(monkeypatch, "compare", words[0], tmp_path / "c.pth") == 2
-    assert "knows 2 other classes; the data set has 'circle'" in one_line(capsys)
+    top1 = re.findall("top-1.*", output(run_evaluate, "accuracy", *words))
+    right = re.findall(r"([\d.]+) %", "".join(top1))
+    assert matrix[0, 1:].tolist() == pytest.approx([100 - float(share) for share in right], abs=0.06)
 
 
-def test_token_cosines_are_those_of_the_embeddings_after_each_block(tmp_path, monkeypatch, capsys):
+def test_token_cosines_are_those_of_the_embeddings_after_each_block(tmp_path, output):
     model, seen = save_network(tmp_path / "net.pth", list(data.SHAPES)), []
     model.blocks[0].register_forward_hook(lambda module, arguments, output: seen.append(output))
     model(augment.normalize(draw_shapes("val", 55, 16).images))
     pairs = seen[0][:, :2].detach().numpy()
     expected = np.mean([a @ b / np.linalg.norm(a) / np.linalg.norm(b) for a, b in pairs])
-    assert run_evaluate(monkeypatch, "tokens", tmp_path / "net.pth", "--device", "cpu") == 0
-    printed = [float(word) for word in capsys.readouterr().out.splitlines()[-1].split()]
+    told = output(run_evaluate, "tokens", tmp_path / "net.pth", "--device", "cpu")
+    printed = [float(word) for word in told.splitlines()[-1].split()]
     assert len(printed) == 2 and printed[0] == pytest.approx(expected, abs=6e-4)
 
 
@@ -1370,13 +1354,12 @@ def test_flops_are_those_of_the_matrix_products():
 
 
 @pytest.mark.parametrize("model", ["tiny", "resnet18"])
-def test_throughput_tells_rates_and_the_share_of_the_peak(monkeypatch, capsys, model):
+def test_throughput_tells_rates_and_the_share_of_the_peak(monkeypatch, output, model):
     timed = []
     monkeypatch.setattr(measure, "seconds", lambda act, runs, _: act() and 0 or timed.append(runs) or 0.5)
     monkeypatch.setattr(measure, "matmul_peak", lambda dtype, device: (1e10, 1024))
     words = {"model": model, "img_size": 32, "batch_size": 4, "runs": 7, "device": "cpu"}
-    assert run_evaluate(monkeypatch, "throughput", *flags(words)) == 0
-    *_, inference, training, augmentation = capsys.readouterr().out.splitlines()
+    *_, inference, training, augmentation = output(run_evaluate, "throughput", *flags(words)).splitlines()
     assert timed == [7, 7, 7]
     flops = measure.count_flops(build_network(Settings(model=model, img_size=32), 1000), 32)
     for line, cost in ((inference, flops), (training, 3 * flops)):
@@ -1384,18 +1367,6 @@ def test_throughput_tells_rates_and_the_share_of_the_peak(monkeypatch, capsys, m
         assert f"{8 * cost / 1e12:.3g} TFLOP/s, {100 * 8 * cost / 1e10:.1f} % of the peak" in line
         assert "high-water mark" in line
     assert augmentation.startswith("augmentation  8.0 images/s")
-
-
-def test_the_largest_batch_is_the_largest_power_of_two_that_fits(monkeypatch):
-    monkeypatch.setattr(torch.cuda, "synchronize", lambda *_: None)
-
-    def run(batch):
-        if batch > 200:
-            raise torch.OutOfMemoryError
-
-    for device, largest in (("cuda", 128), ("cpu", 16)):
-        found = measure.largest_batch(lambda batch: partial(run, batch), torch.device(device))
-        assert found == largest
 
 
 @pytest.mark.parametrize("distilled", [False, True])
@@ -1426,8 +1397,7 @@ def test_accumulated_parts_give_the_step_of_the_whole_batch(tmp_path, monkeypatc
     losses = [[r["loss"] for r in checkpoint.read_log(tmp_path / str(parts))] for parts in (1, 4)]
     assert losses[0] == pytest.approx(losses[1], rel=1e-4)
     one, four = (saved(tmp_path / str(parts))["model"] for parts in (1, 4))
-    for key, value in one.items():
-        torch.testing.assert_close(value, four[key], rtol=1e-3, atol=4e-4)
+    torch.testing.assert_close(one, four, rtol=1e-3, atol=4e-4)
 
 
 @pytest.mark.parametrize("precision", ["fp16", "bf16"])
@@ -1478,18 +1448,6 @@ def test_two_processes_keep_one_set_of_batchnorm_statistics(tmp_path):
     assert first == second
 
 
-def test_evaluation_scores_each_head_and_their_fusion():
-    student = nn.Module()
-    student.distilled = True
-    student.forward = lambda inputs: (class_logits, dist_logits)
-    class_logits = torch.tensor([[3.0, 0, 0], [0, 0, 2], [0, 4, 0]])  # right, right, wrong
-    dist_logits = torch.tensor([[0, 5.0, 0], [0, 0, 1], [3, 0, 0]])  # wrong, right, right
-    # fused: 0.91 + 0.01 < 0.05 + 0.99 wrong, the second right, and 0.02 + 0.91 < 0.96 + 0.05 wrong
-    images, labels = torch.zeros(3, 3, 8, 8, dtype=torch.uint8), torch.tensor([0, 2, 0])
-    accuracy = evaluate(student, ArraySet(images, labels, ["a", "b", "c"]), Settings(img_size=8), CPU)
-    assert accuracy == pytest.approx({"class": 200 / 3, "distillation": 200 / 3, "fused": 100 / 3}, rel=1e-5)
-
-
 def test_a_teacher_is_trained_once_and_reused_by_every_student(tmp_path, monkeypatch, capsys):
     words = QUICK | {"teacher": "resnet18", "teacher_epochs": 1, "distill": "hard", "epochs": 1}
     same = {}, {"seed": 1}, {"patch_size": 4}, {"accumulate": 2}, {"batch_size": 18, "distill": "soft"}
@@ -1503,25 +1461,6 @@ def test_a_teacher_is_trained_once_and_reused_by_every_student(tmp_path, monkeyp
     teacher = Path(student["settings"]["teacher_weights"])
     assert teacher.parent.parent == tmp_path and not list(tmp_path.glob("s?/teacher-*"))
     assert "dist_token" in student["model"] and saved(teacher.parent)["settings"]["batch_size"] == 55
-
-
-def test_students_started_at_once_do_not_disturb_each_others_teacher(tmp_path, monkeypatch):
-    words = QUICK | {"teacher": "resnet18", "teacher_epochs": 1, "distill": "hard", "epochs": 1}
-    assert run_train(monkeypatch, *flags(words | {"out": tmp_path / "first"})) == 0
-    (teacher,) = tmp_path.glob("teacher-*")
-    late, before, evaluate = teacher.rename(tmp_path / "late"), saved(tmp_path / "late"), train.evaluate
-
-    def evaluate_meanwhile(*arguments):  # the other student's teacher is finished while ours learns
-        if late.exists():
-            late.rename(teacher)
-        return evaluate(*arguments)
-
-    monkeypatch.setattr("train.evaluate", evaluate_meanwhile)
-    assert run_train(monkeypatch, *flags(words | {"out": tmp_path / "second"})) == 0
-    own = tmp_path / "second" / teacher.name
-    assert saved(tmp_path / "second")["settings"]["teacher_weights"] == f"{own}/last.pth"
-    for out in (own, teacher):
-        assert equal(saved(out)["model"], before["model"])
 
 
 # ---- The loop: the data ----
@@ -1639,8 +1578,6 @@ def test_pictures_of_every_kind_are_read_upright_and_rgb_and_transparent_ones_li
     picture.putpixel((1, 0), (0, 0, 0, 0))
     for name, image in (("RGBA.png", picture), ("P.png", picture.quantize(4))):
         assert read_back(tmp_path / name, image).tolist() == [[[200, 0, 0], [255, 255, 255]]]
-    with pytest.raises(UserError, match="no known range; save it with 8 or 16 bits"):
-        read_back(tmp_path / "F.tiff", Image.fromarray(np.full((2, 2), 0.5, np.float32)))
 
 
 def test_large_photographs_are_decoded_at_a_size_that_is_enough(tmp_path):
@@ -1662,16 +1599,10 @@ def test_broken_images_are_named_or_left_out_and_counted(folder):
     shown = data.eval_batches(val_set, Settings(img_size=24, workers=0, batch_size=3), CPU)
     assert torch.cat([labels for _, labels in shown]).tolist() == [0] * 6 + [1] * 4
     assert train_set.broken | val_set.broken == bad
-
-
-def test_a_batch_without_any_readable_image_is_an_error(tmp_path):
-    train_set, val_set = load("folder", write_folder(tmp_path, STREAMED), 24, skip_broken=True)
-    for path in tmp_path.rglob("*.png"):
+    for path in folder.rglob("*.png"):
         path.write_bytes(b"")
-    with pytest.raises(UserError, match="none of the images of a batch can be read"):
-        collect(train_set, 1)
-    with pytest.raises(UserError, match="none of the validation images can be read"):
-        evaluate(nn.Flatten(), val_set, Settings(img_size=24, workers=0), CPU)
+    with pytest.raises(UserError, match="none of the images in .*train can be read"):
+        load("folder", folder, 24, skip_broken=True)
 
 
 def test_folders_that_make_no_data_set_are_refused(tmp_path):
@@ -1774,32 +1705,29 @@ def test_inaturalist_is_split_by_the_competitions_lists(tmp_path, year):
 
 # ---- What survives ----
 
-TEACHER = {"distill": "hard", "teacher": "regnet_y_200mf", "teacher_epochs": 1}
+TEACHER = {"distill": "hard", "teacher": "regnet_y_200mf", "teacher_epochs": 2}
 SURVIVOR = QUICK | TEACHER | {"ema": 0.9, "repeats": 3, "save_every": 2, "drop_path": 0.2, "dropout": 0.1}
 
 
 @pytest.fixture(scope="module")
 def unhurt(tmp_path_factory):
-    """The run that was never stopped, to compare with: 1 step of the teacher, then 3 × 3 of the student."""
+    """The run that was never stopped, to compare with: 2 steps of the teacher, then 3 × 3 of the student."""
     out = tmp_path_factory.mktemp("unhurt")
     assert forked(flags(SURVIVOR | {"out": out / "run"})) == 0
     return out / "run"
 
 
-KILLS = [("step", 1), ("step", 6), ("step", 12), ("write", 2), ("write", 9), ("rename", 8), ("rename", 9),
-         ("link", 1)]  # fmt: skip
-KILLS += [("link", 2), ("evaluation", 2), ("teacher", 1)]
-FAULTS = [(*kill, signal.SIGKILL) for kill in KILLS]
-FAULTS += [("step", 9, signal.SIGTERM), ("evaluation", 1, signal.SIGINT)]
+KILLS = {"step": (3, 8, 14), "write": (2, 11), "rename": (12, 13), "link": (1, 3), "evaluation": (2,)}
+KILLS |= {"teacher": (1,)}
+FAULTS = [(what, when, signal.SIGKILL) for what, times in KILLS.items() for when in times]
+FAULTS += [("step", 11, signal.SIGTERM), ("evaluation", 1, signal.SIGINT)]
 
 
 @pytest.mark.parametrize("fault", FAULTS, ids=lambda fault: f"{fault[0]}-{fault[1]}-{fault[2].name}")
 def test_a_run_that_is_killed_anywhere_ends_as_if_it_never_was(tmp_path, unhurt, fault):
     code = forked(flags(SURVIVOR | {"out": tmp_path / "run"}), fault)
     assert code == (-fault[2] if fault[2] == signal.SIGKILL else 128 + fault[2])
-    # one whose first settings are not yet written has to be told them again
-    told = SURVIVOR if fault[:2] == ("write", 1) else {}
-    assert forked(flags(told | {"out": tmp_path / "run", "resume": True})) == 0
+    assert forked(flags({"out": tmp_path / "run", "resume": True})) == 0
     assert same_run(unhurt, tmp_path / "run")
     assert not list(tmp_path.rglob("*.partial"))
 
@@ -1866,19 +1794,6 @@ def test_resuming_keeps_every_setting_that_is_not_given_again(tmp_path, monkeypa
     for name, value in (("seed", 4), ("lr", 0.1), ("erasing", 0.5)):
         assert run_train(monkeypatch, *flags(again | {name: value})) == 2
         assert f"run has --{name} {kept[name]}, not {value}" in one_line(capsys)
-
-
-def test_a_run_cut_off_in_its_teacher_goes_on_by_its_directory_alone(tmp_path, monkeypatch, capsys):
-    words = QUICK | {"seed": 3, "epochs": 1, "distill": "hard", "teacher": "resnet18", "teacher_epochs": 2}
-    whole, cut = tmp_path / "a/whole", tmp_path / "b/cut"
-    assert forked(flags(words | {"out": whole})) == 0
-    # two steps of the teacher, an epoch each
-    assert forked(flags(words | {"out": cut}), ("step", 2, signal.SIGKILL)) == -signal.SIGKILL
-    assert run_finetune(monkeypatch, "--out", cut, "--resume") == 2
-    assert "cut is a run of train.py; continue it with train.py --resume" in one_line(capsys)
-    assert run_train(monkeypatch, "--out", cut, "--resume") == 0
-    assert re.search(r"resuming \S+/teacher-\S+ after step 1", capsys.readouterr().out)
-    assert equal(saved(whole)["model"], saved(cut)["model"])
 
 
 def test_the_older_checkpoint_serves_when_the_last_is_damaged(tmp_path, unhurt, capsys):
