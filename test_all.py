@@ -1763,35 +1763,34 @@ def test_a_streamed_run_stops_for_a_signal_to_all_its_processes(tmp_path):
     assert re.fullmatch(r"stopped by SIGTERM after step .*\n", error)
 
 
-def test_a_fine_tuning_that_is_killed_needs_nothing_but_its_directory(tmp_path, monkeypatch, capsys):
+def test_a_fine_tuning_that_is_killed_needs_nothing_but_its_directory(tmp_path, monkeypatch, output):
     monkeypatch.chdir(tmp_path)
-    assert run_train(monkeypatch, *flags(QUICK | {"distill": "label", "out": "runs/first"})) == 0
+    output(run_train, *flags(QUICK | {"distill": "label", "out": "runs/first"}))
     words = {"img_size": 24, "epochs": 2, "batch_size": 16, "train": "head", "save_every": 1, "device": "cpu"}
     again = ["--out", "runs/tuned", "--resume"]
     assert forked(flags(words | {"out": "whole"}), None, finetune.main) == 0
     started = flags(words | {"out": "runs/tuned"})
     for step, command in ((1, started), (3, again)):
         assert forked(command, ("step", step, signal.SIGKILL), finetune.main) == -signal.SIGKILL
-    assert run_train(monkeypatch, *again) == 2
-    assert "is a run of finetune.py; continue it with finetune.py --resume" in one_line(capsys)
+    told = output(run_train, *again, code=2)
+    assert "is a run of finetune.py; continue it with finetune.py --resume" in told
     Path("runs/first").rename("elsewhere")  # the run has all that it needs
     assert forked(again, None, finetune.main) == 0
     assert same_run("whole", "runs/tuned")
-    assert run_finetune(monkeypatch, *again, "--train", "all") == 2
-    assert "has --train head, not all" in one_line(capsys)
+    assert "has --train head, not all" in output(run_finetune, *again, "--train", "all", code=2)
 
 
-def test_resuming_keeps_every_setting_that_is_not_given_again(tmp_path, monkeypatch, capsys):
+def test_resuming_keeps_every_setting_that_is_not_given_again(tmp_path, output):
     own = {"save_every": 2, "workers": 1, "skip_broken": True, "seed": 3, "epochs": 1}
-    assert run_train(monkeypatch, *flags(QUICK | own | {"out": tmp_path / "run"})) == 0
+    output(run_train, *flags(QUICK | own | {"out": tmp_path / "run"}))
     for changed in ({}, {"workers": 0, "accumulate": 2}):
         again = {"out": tmp_path / "run", "resume": True}
-        assert run_train(monkeypatch, *flags(again | changed)) == 0
+        output(run_train, *flags(again | changed))
         kept = json.loads((tmp_path / "run/settings.json").read_text())
         assert kept.items() >= (own | {"device": "cpu"} | changed).items()
     for name, value in (("seed", 4), ("lr", 0.1), ("erasing", 0.5)):
-        assert run_train(monkeypatch, *flags(again | {name: value})) == 2
-        assert f"run has --{name} {kept[name]}, not {value}" in one_line(capsys)
+        told = output(run_train, *flags(again | {name: value}), code=2)
+        assert f"run has --{name} {kept[name]}, not {value}" in told
 
 
 def test_the_older_checkpoint_serves_when_the_last_is_damaged(tmp_path, unhurt, capsys):
@@ -2262,21 +2261,19 @@ def test_flags_at_random_either_train_or_give_one_line(tmp_path, monkeypatch, ca
 # ---- Tools ----
 
 
-def test_the_attention_picture_has_a_row_for_each_token_and_a_column_for_each_head(tmp_path, monkeypatch):
+def test_the_attention_picture_shows_more_attention_brighter_for_each_token_and_head(tmp_path, output):
     save_network(tmp_path / "net.pth", ["a", "b"])
     Image.new("RGB", (300, 200), (10, 200, 30)).save(tmp_path / "photo.png")
-    words = [tmp_path / "net.pth", tmp_path / "photo.png", "--out", tmp_path / "out.png"]
-    assert run_evaluate(monkeypatch, "attention", *words) == 0
-    with Image.open(tmp_path / "out.png") as picture:
-        assert picture.size == (80 + 5 * 116, 2 * 138)
-        assert picture.getpixel((100, 50)) == picture.getpixel((100, 188)) == (10, 200, 30)
+    words = ["attention", tmp_path / "net.pth", tmp_path / "photo.png", "--out", tmp_path / "out.png"]
+    output(run_evaluate, *words)
+    assert Image.open(tmp_path / "out.png").size == (80 + 5 * 116, 2 * 138)
     heat = pictures.overlay(Image.new("RGB", (40, 40)), torch.tensor([[0.0, 0.3], [0.3, 0.4]]))
     low, high = (np.array(heat.getpixel(at)) for at in ((2, 2), (37, 37)))
     assert high[:2].min() > 2 * low[2]  # yellow where most is, dark blue where nothing is
-    assert run_evaluate(monkeypatch, "attention", *words, "--layer", "13") == 2
+    assert "--layer 13: the network has 2 layers" in output(run_evaluate, *words, "--layer", "13", code=2)
 
 
-def test_predictions_are_each_heads_softmax_and_their_mean(tmp_path, monkeypatch, capsys):
+def test_predictions_are_each_heads_softmax_and_their_mean(tmp_path, monkeypatch, output):
     model = save_network(tmp_path / "net.pth", ["a", "b", "c"])
     picture = Image.fromarray(np.random.default_rng(0).integers(0, 256, (40, 30, 3), dtype=np.uint8))
     (tmp_path / "deep/a").mkdir(parents=True)
@@ -2284,8 +2281,9 @@ def test_predictions_are_each_heads_softmax_and_their_mean(tmp_path, monkeypatch
     for file in files:
         picture.save(file)
     monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(f"{tmp_path}/3.png\n\n".encode())))
-    assert run_evaluate(monkeypatch, "predict", tmp_path / "net.pth", tmp_path / "deep", "-", "--json") == 0
-    records = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    words = ["predict", tmp_path / "net.pth"]
+    told = output(run_evaluate, *words, tmp_path / "deep", "-", "--json")
+    records = [json.loads(line) for line in told.splitlines()]
     assert [record["image"] for record in records] == files
     with torch.no_grad():
         first, second = (logits[0].softmax(0) for logits in model(inputs_of(tmp_path / "3.png")))
@@ -2293,65 +2291,58 @@ def test_predictions_are_each_heads_softmax_and_their_mean(tmp_path, monkeypatch
         told = [(each["name"], each["probability"]) for each in records[2][head]]
         assert [name for name, _ in told] == ["abc"[i] for i in expected.argsort(descending=True)]
         assert [p for _, p in told] == pytest.approx(expected.sort(descending=True)[0].tolist())
-    assert run_evaluate(monkeypatch, "predict", tmp_path / "net.pth", tmp_path / "3.png", "--top", "1") == 0
-    lines = capsys.readouterr().out.splitlines()
-    assert lines[0] == str(tmp_path / "3.png")
-    assert lines[1].split() == ["class", "abc"[first.argmax()], f"{100 * first.max():.1f}", "%"]
+    lines = output(run_evaluate, *words, tmp_path / "3.png", "--top", "1").splitlines()
+    assert lines[0] == files[2] and f"{'abc'[first.argmax()]} {100 * first.max():.1f} %" in lines[1]
+    (tmp_path / "empty").mkdir()
+    told = output(run_evaluate, *words, tmp_path / "empty", code=2)
+    assert told == f"error: there are no images below {tmp_path}/empty\n"
 
 
 def test_odd_images_are_predicted_or_told_in_one_line_each(tmp_path, monkeypatch, capsys):
     save_network(tmp_path / "net.pth", ["a", "tab\there"], distilled=False)
     (tmp_path / "text.jpg").write_text("no picture")
-    (tmp_path / "empty").mkdir()
-    kinds = {"1x1.png": ("RGB", (1, 1)), "wide.png": ("L", (20_000, 2)), "new\nline é\x1b.png": ("P", (9, 9))}
-    for name, (mode, size) in kinds.items():
-        Image.new(mode, size).save(tmp_path / name)
+    kinds = {"1x1.png": (1, 1), "wide.png": (20_000, 2), "new\nline é\x1b.png": (9, 9)}
+    for name, size in kinds.items():
+        Image.new("L", size).save(tmp_path / name)
     files = [tmp_path / name for name in ("text.jpg", "missing.png", *kinds)]
     assert run_evaluate(monkeypatch, "predict", tmp_path / "net.pth", *files) == 2
     out, errors = capsys.readouterr()
     assert [line.split(" is ")[0] for line in errors.splitlines()] == [f"error: {file}" for file in files[:2]]
     assert len(out.splitlines()) == 2 * len(kinds)
     assert r"new\nline é\x1b.png" in out and r"tab\there" in out
-    assert run_evaluate(monkeypatch, "predict", tmp_path / "net.pth", tmp_path / "empty") == 2
-    assert one_line(capsys) == f"error: there are no images below {tmp_path}/empty\n"
 
 
-def test_curves_are_drawn_from_the_logs_of_runs(tmp_path, monkeypatch, capsys):
+def test_curves_are_drawn_from_the_logs_of_runs(tmp_path, monkeypatch, output):
     from matplotlib.figure import Figure
 
     for name, epochs in (("first", 3), ("sec$nd", 5)):
         (tmp_path / name).mkdir()
-        heads = [{"class": 10.0 + n, "distillation": 12.0 + n, "fused": 13.0 + n} for n in range(epochs)]
-        log = [{"epoch": n + 1, "loss": 2 / (n + 1), "accuracy": each} for n, each in enumerate(heads)]
+        accuracy = {"class": 10.0, "distillation": 12.0, "fused": 13.0}
+        log = [{"epoch": n, "loss": 2 / n, "accuracy": accuracy} for n in range(1, epochs + 1)]
         (tmp_path / name / "log.jsonl").write_text("".join(json.dumps(record) + "\n" for record in log))
     figures, save = [], Figure.savefig
     monkeypatch.setattr(Figure, "savefig", lambda self, *a, **k: figures.append(self) or save(self, *a, **k))
-    words = [tmp_path / "first", tmp_path / "sec$nd", "--out", tmp_path / "curves.png"]
-    assert run_evaluate(monkeypatch, "curves", *words) == 0
+    output(run_evaluate, "curves", tmp_path / "first", tmp_path / "sec$nd", "--out", tmp_path / "curves.png")
     left, right = figures[0].axes
     assert left.lines[1].get_ydata().tolist() == pytest.approx([2, 1, 2 / 3, 1 / 2, 2 / 5])
     assert [line.get_ydata()[0] for line in right.lines] == [10, 12, 13] * 2
     (tmp_path / "first/log.jsonl").write_text("{}\n")
     for run, message in (("first", "is not the log of a run"), ("nowhere", "holds no run with an epoch")):
-        assert run_evaluate(monkeypatch, "curves", tmp_path / run) == 2
-        assert message in one_line(capsys)
+        assert message in output(run_evaluate, "curves", tmp_path / run, code=2)
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
-    assert run_evaluate(monkeypatch, "curves", tmp_path / "sec$nd") == 2
-    assert one_line(capsys) == "error: curves needs matplotlib: pip install matplotlib\n"
+    assert "pip install matplotlib" in output(run_evaluate, "curves", tmp_path / "sec$nd", code=2)
 
 
-def test_the_contact_sheet_shows_every_operation(tmp_path, monkeypatch):
-    assert run_evaluate(monkeypatch, "augmentations", "--out", tmp_path / "sheet.png") == 0
-    with Image.open(tmp_path / "sheet.png") as sheet:
-        pixels = np.asarray(sheet)
+def test_the_contact_sheet_shows_every_operation(tmp_path, output):
+    output(run_evaluate, "augmentations", "--out", tmp_path / "sheet.png")
+    pixels = np.asarray(Image.open(tmp_path / "sheet.png"))
     assert len({pixels[98 * row : 98 * row + 72, 80:].tobytes() for row in range(15)}) == 15
 
 
-def test_every_word_has_an_example_in_its_help_and_on_a_page(monkeypatch, capsys):
+def test_every_word_has_an_example_in_its_help_and_on_a_page(output):
     text = "".join(page.read_text() for page in PAGES)
     for word in (act.__name__ for act in measure.WORDS):
-        assert run_evaluate(monkeypatch, word, "--help") == 0
-        assert f"evaluate.py {word} " in capsys.readouterr().out.partition("examples:")[2]
+        assert f"evaluate.py {word} " in output(run_evaluate, word, "--help").partition("examples:")[2]
         assert f"evaluate.py {word} " in text
 
 
@@ -2424,12 +2415,11 @@ def test_the_readmes_way_from_a_run_to_python_works_as_printed(tmp_path, monkeyp
 
 
 def test_the_python_on_the_pages_is_the_code_itself():
-    lines = {path: [line.strip() for line in path.read_text().splitlines()] for path in Path().glob("*.py")}
-    text = "".join(page.read_text() for page in PAGES)
-    pieces = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
+    def stripped(text):
+        return "\n".join(["", *(line.strip() for line in text.strip().splitlines()), ""])
+
+    sources = [stripped(path.read_text()) for path in Path().glob("*.py")]
+    pieces = re.findall(r"```python\n(.*?)```", "".join(page.read_text() for page in PAGES), re.DOTALL)
     assert len(pieces) >= 6
     for piece in pieces:
-        wanted = [line.strip() for line in piece.strip().splitlines()]
-        assert any(
-            wanted == found[n : n + len(wanted)] for found in lines.values() for n in range(len(found))
-        ), piece
+        assert any(stripped(piece) in source for source in sources), piece
