@@ -5,7 +5,6 @@ finite differences, a second way of computing. `python -m pytest -q` takes minut
 """
 
 import contextlib
-import dataclasses
 import io
 import itertools
 import json
@@ -800,12 +799,6 @@ def test_evaluation_crops_are_torchvisions_of_pillows_pictures_to_the_bit_from_f
     assert torch.equal(augment.center_crop(noise(2, 3, size, size), size), noise(2, 3, size, size))
 
 
-def test_normalize_is_torchvisions():
-    images, mean, std = noise(4, 3, 9, 7), (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
-    expected = torchvision.transforms.functional.normalize(images / 255, mean, std)
-    torch.testing.assert_close(augment.normalize(images), expected, rtol=1e-5, atol=1e-6)
-
-
 @pytest.mark.parametrize("probability", [0, 0.25, 0.6, 1.0])
 def test_erasing_happens_with_its_probability_to_a_copy(probability):
     inputs = torch.randn(4_000, 3, 12, 10, generator=generator())
@@ -898,6 +891,8 @@ POLICIES = dict(randaugment=augment.RandAugment, autoaugment=augment.AutoAugment
 @pytest.mark.parametrize("policy", [*POLICIES, "off"])
 def test_a_step_is_flip_policy_normalize_erase_mix_and_follows_its_generator(policy):
     images, labels = noise(16, 3, 20, 20), torch.arange(16) % 10
+    theirs = torchvision.transforms.Normalize((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))(images / 255)
+    torch.testing.assert_close(augment.normalize(images), theirs, rtol=1e-5, atol=1e-6)
     step = augment.Augment(10, policy, erasing=0.25, mixup=0.8, cutmix=1.0, smoothing=0.1)
     draws, mine, expected = generator(3), generator(3), images
     if policy != "off":
@@ -1074,30 +1069,21 @@ def test_transfer_has_the_authors_recipe_and_a_short_one(name):
     assert tuned(short | {"optimizer": "sgd", "lr": 0.1})["lr"] == 0.1
 
 
-ADAPTED = {"num_classes": 3, "img_size": 16, "patch_size": 8, "depth": 2}
+def test_a_distillation_token_that_is_added_starts_as_the_class_token_and_one_can_be_dropped():
+    sizes = {"num_classes": 3, "img_size": 16, "patch_size": 8, "depth": 2}
+    plain, added, distilled = (create_model("tiny", distilled=n > 0, **sizes).eval() for n in range(3))
+    images, fresh = torch.randn(4, 3, 16, 16), added.dist_token.detach().clone()
+    assert finetune.adapt(plain.state_dict(), added, True)[0].startswith("a distillation token is added")
+    torch.testing.assert_close(added.dist_token, plain.cls_token + fresh)  # or both would learn the same
+    added.dist_token.data.copy_(added.cls_token)
+    torch.testing.assert_close(*added(images))  # but for the draw, position and head are the class token's
+    assert finetune.adapt(distilled.state_dict(), plain, True) == ["the distillation token is dropped"]
+    tokens, theirs = [n for n in range(6) if n != 1], distilled.state_dict()
+    torch.testing.assert_close(plain.embed(images), distilled.embed(images)[:, tokens])
+    assert all(torch.equal(p, theirs[key]) for key, p in plain.state_dict().items() if key != "pos_embed")
 
 
-def test_a_distillation_token_that_is_added_starts_as_the_class_token():
-    plain, network = (create_model("tiny", distilled=token, **ADAPTED) for token in (False, True))
-    fresh = network.dist_token.detach().clone()
-    assert finetune.adapt(plain.state_dict(), network, True)[0].startswith("a distillation token is added")
-    torch.testing.assert_close(network.dist_token, plain.cls_token + fresh)  # or both would learn the same
-    with torch.no_grad():
-        network.dist_token.copy_(network.cls_token)
-    first, second = network.eval()(torch.randn(4, 3, 16, 16))
-    torch.testing.assert_close(first, second)  # but for the draw, position and head are the class token's
-
-
-def test_a_distillation_token_that_is_dropped_leaves_the_rest_as_it_was():
-    network, distilled = (create_model("tiny", distilled=token, **ADAPTED) for token in (False, True))
-    assert finetune.adapt(distilled.state_dict(), network, True) == ["the distillation token is dropped"]
-    images, tokens = torch.randn(2, 3, 16, 16), [n for n in range(6) if n != 1]
-    torch.testing.assert_close(network.embed(images), distilled.embed(images)[:, tokens])
-    theirs = distilled.state_dict()
-    assert all(torch.equal(p, theirs[key]) for key, p in network.state_dict().items() if key != "pos_embed")
-
-
-def test_a_teacher_or_a_published_convnet_is_fine_tuned_and_then_teaches(tmp_path, monkeypatch, output):
+def test_a_teacher_or_a_published_convnet_is_fine_tuned_by_the_same_program(tmp_path, monkeypatch, output):
     monkeypatch.chdir(tmp_path)
     words = QUICK | {"epochs": 1, "distill": "hard", "teacher": "resnet18", "teacher_epochs": 1}
     assert run_train(monkeypatch, *flags(words)) == 0
@@ -1111,11 +1097,9 @@ def test_a_teacher_or_a_published_convnet_is_fine_tuned_and_then_teaches(tmp_pat
     monkeypatch.setattr("checkpoint.download", lambda url: Path("published.pth"))
     words |= {"checkpoint": "resnet18", "data": "shapes", "out": "own"}
     assert "resnet18: new heads for 10 classes" in output(run_finetune, *flags(words))
-    for weights in ("high/last.pth", "own/last.pth"):
-        words = {"teacher_weights": weights, "batch_size": 16, "epochs": 1, "out": "tuned"}
-        told = output(run_finetune, *flags(words | {"overwrite": True}))
-        assert "sees the images at its own" not in told
-        assert saved("tuned")["settings"]["teacher_weights"] == weights
+    words = {"teacher_weights": "high/last.pth", "batch_size": 16, "epochs": 1, "out": "tuned"}
+    assert "sees the images at its own" not in output(run_finetune, *flags(words))
+    assert saved("tuned")["settings"]["teacher_weights"] == "high/last.pth"
     before, after = (saved(out)["model"]["conv1.weight"] for out in (low, "high"))
     assert 0 < (after - before).norm() < 0.3 * before.norm()  # it did start there
 
@@ -1134,15 +1118,8 @@ def test_an_official_file_transfers_to_a_folder_of_pictures(tmp_path, monkeypatc
     write_folder(tmp_path / "data", STREAMED)
     write_folder(tmp_path / "pets", STREAMED, ("cat", "dog"))
     official = save_official("official.pth", distilled=distill == "label")  # 1000 classes
-
-    def run(start, out, expected, **more):
-        words = {"checkpoint": start, "epochs": 1, "batch_size": 4, "lr": 1e-9, "min_lr": 0, "warmup_lr": 0}
-        told = output(run_finetune, *flags(words | {"workers": 0, "out": out} | more))
-        names = ("classes", "img_size", "distill", "model", "patch_size")
-        assert [saved(out)["settings"][name] for name in names] == [*expected, distill, "tiny", 16]
-        return told
-
-    told = run("official.pth", "run", (["ant", "bee"], 32), data="folder", data_path="data")
+    words = {"data": "folder", "epochs": 1, "batch_size": 4, "workers": 0, "warmup_lr": 0, "lr": 1e-9}
+    told = output(run_finetune, *flags(words | {"min_lr": 0, "checkpoint": "official.pth", "out": "run"}))
     tuned = saved("run")["model"]
     for key, value in official.state_dict().items():
         if key.startswith("head"):
@@ -1151,11 +1128,12 @@ def test_an_official_file_transfers_to_a_folder_of_pictures(tmp_path, monkeypatc
             torch.testing.assert_close(tuned[key], value, rtol=0, atol=1e-6)
     assert "official.pth: new heads for 2 classes\n" in told
     assert "before" not in told  # its heads say nothing of these classes
-    # and goes on from there: to as many other classes, or at another resolution with its own
-    pets = dict(data="folder", data_path="pets", recipe="paper")
-    told = run("run/last.pth", "other", (["cat", "dog"], 32), **pets)
-    assert "run/last.pth: new heads for 2 classes\n" in told
-    assert "before, at 32 pixels: class" in run("run/last.pth", "higher", (["ant", "bee"], 48))
+    # and goes on from there to as many other classes
+    words |= {"checkpoint": "run/last.pth", "data_path": "pets", "recipe": "paper", "out": "other"}
+    assert "run/last.pth: new heads for 2 classes\n" in output(run_finetune, *flags(words))
+    for out, classes in (("run", ["ant", "bee"]), ("other", ["cat", "dog"])):
+        known = {"classes": classes, "img_size": 32, "distill": distill, "model": "tiny", "patch_size": 16}
+        assert saved(out)["settings"].items() >= known.items()
 
 
 def test_imagenets_own_weights_keep_their_heads(tmp_path, monkeypatch, output):
@@ -1176,10 +1154,10 @@ def test_imagenets_own_weights_keep_their_heads(tmp_path, monkeypatch, output):
     assert "three.pth: new heads for 2 classes; position embeddings are resized\n" in told
 
 
-@pytest.mark.parametrize(
-    ("trained", "pattern", "optimizer", "lr"),
-    [("head", "^head", "sgd", 1.0), ("attention", r"^head|\.attn\.|^pos_embed$", "adamw", 0.02)],
-)
+TRAINED = [("head", "^head", "sgd", 1.0), ("attention", r"^head|\.attn\.|^pos_embed$", "adamw", 0.02)]
+
+
+@pytest.mark.parametrize(("trained", "pattern", "optimizer", "lr"), TRAINED)
 def test_what_is_frozen_stays_to_the_last_bit(tmp_path, monkeypatch, trained, pattern, optimizer, lr):
     monkeypatch.chdir(tmp_path)
     assert run_train(monkeypatch, *flags(QUICK | {"epochs": 1, "distill": "label"})) == 0
@@ -1248,14 +1226,6 @@ def test_accuracy_is_the_share_of_right_images_on_one_process_and_on_two(insects
     assert fork_two(partial(launch.run_program, measure.main), words, path / "told") == alone
 
 
-def test_of_equal_scores_the_class_of_lower_index_comes_first(monkeypatch):
-    scores = torch.tensor([[0, 1, 1, 0, 0, 0, 0.0], [2, 2, 2, 2, 2, 2, 2], [7, 6, 5, 4, 3, 2, 1]])
-    batches = [(None, [scores[:2]]), (None, [scores[2:]])]
-    monkeypatch.setattr(measure, "predictions", lambda *_: iter(batches))
-    first = measure.ranking(None, range(3), None, CPU)
-    assert first[:, 0].tolist() == [[1, 2, 0, 3, 4], [0, 1, 2, 3, 4], [0, 1, 2, 3, 4]]
-
-
 @pytest.mark.parametrize("sizes", [[(20, 20)], [(20, 30), (30, 20)]], ids=["held", "streamed"])
 def test_evaluate_repeats_the_accuracy_that_training_ended_with(tmp_path, monkeypatch, capsys, sizes):
     write_folder(tmp_path / "data", sizes)
@@ -1301,11 +1271,10 @@ def test_classes_go_by_name_then_by_number_then_by_place():
     assert indices(None, 12, ["0", "1", "10", "11", "2"]) == [0, 1, 10, 11, 2]  # ImageNet-V2
     assert indices(imagenet, 1000, ["1", "999", "5"]) == [1, 999, 5]
     assert indices(None, 1000, imagenet) == list(range(1000))
-    for classes, count, names in ((["a", "b"], 2, ["0", "1"]), (None, 3, ["3"]), (["a", "b"], 2, ["a", "z"])):
+    others = [(["a", "b"], 2, ["0", "1"]), (None, 3, ["3"]), (["a", "b"], 2, ["a", "z"])]
+    for classes, count, names in [*others, (None, 1000, [f"x{i}" for i in range(1000)])]:
         with pytest.raises(UserError, match="net.pth knows"):
             indices(classes, count, names)
-    with pytest.raises(UserError, match="net.pth knows ImageNet's 1000 classes; .* others: 'x0'"):
-        indices(None, 1000, [f"x{i}" for i in range(1000)])
 
 
 def test_compare_is_table_4_with_a_row_for_the_truth_and_each_head(tmp_path, output):
@@ -1363,7 +1332,6 @@ def test_throughput_tells_rates_and_the_share_of_the_peak(monkeypatch, output, m
     for line, cost in ((inference, flops), (training, 3 * flops)):
         assert "  8.0 images/s, batch 4, mean of 7 runs" in line
         assert f"{8 * cost / 1e12:.3g} TFLOP/s, {100 * 8 * cost / 1e10:.1f} % of the peak" in line
-        assert "high-water mark" in line
     assert augmentation.startswith("augmentation  8.0 images/s")
 
 
@@ -1410,40 +1378,33 @@ def test_mixed_precision_trains_with_clipping_accumulation_and_average(tmp_path,
 
 
 def recorded():
-    """A training run that leaves each process's losses and the sums of its weights in OUT/rankN.json."""
-    losses, networks, plain, build = [], [], train.LOSSES["none"], train.build_network
-
-    def loss_function(*arguments):
-        value = plain.function(*arguments)
-        losses.append(launch.all_reduce(value.detach().clone()).item() / launch.world_size())
-        return value
-
-    train.LOSSES["none"] = plain._replace(function=loss_function)
+    """A training run that leaves the sums of each process's weights in OUT/rankN.json."""
+    networks, build = [], train.build_network
     train.build_network = lambda *arguments: networks.append(build(*arguments)) or networks[-1]
     train.main()
     digest = {key: value.double().sum().item() for key, value in networks[-1].state_dict().items()}
     out = Path(sys.argv[sys.argv.index("--out") + 1])
-    (out / f"rank{launch.rank()}.json").write_text(json.dumps({"losses": losses, "digest": digest}))
+    (out / f"rank{launch.rank()}.json").write_text(json.dumps(digest))
 
 
 def test_two_processes_follow_one_and_end_with_identical_weights(tmp_path):
     words = flags(QUICK | PLAIN)
     fork(recorded, [*words, "--out", tmp_path / "one"]).join()
     fork_two(recorded, [*words, "--out", tmp_path / "two"])
-    files = ("one/rank0.json", "two/rank0.json", "two/rank1.json")
-    one, first, second = (json.loads((tmp_path / name).read_text()) for name in files)
-    assert len(one["losses"]) == 9
-    assert one["losses"] == pytest.approx(first["losses"], rel=1e-4)
+    first, second = (json.loads((tmp_path / f"two/rank{rank}.json").read_text()) for rank in (0, 1))
     assert first == second
-    ends = [checkpoint.read_log(tmp_path / name)[-1]["accuracy"]["class"] for name in ("one", "two")]
+    one, two = (saved(tmp_path / name)["model"] for name in ("one", "two"))
+    torch.testing.assert_close(one, two, rtol=1e-3, atol=4e-4)
+    one, two = (checkpoint.read_log(tmp_path / name) for name in ("one", "two"))
+    assert [r["loss"] for r in one] == pytest.approx([r["loss"] for r in two], rel=1e-4)
+    ends = [log[-1]["accuracy"]["class"] for log in (one, two)]
     assert ends[0] == pytest.approx(ends[1], abs=0.01)  # 55 images: they do not divide evenly
 
 
 def test_two_processes_keep_one_set_of_batchnorm_statistics(tmp_path):
     fork_two(recorded, flags(QUICK | {"model": "regnet_y_200mf", "epochs": 1, "out": tmp_path / "run"}))
     first, second = (json.loads((tmp_path / f"run/rank{rank}.json").read_text()) for rank in (0, 1))
-    assert any("running_var" in key for key in first["digest"])
-    assert first == second
+    assert first == second and any("running_var" in key for key in first)
 
 
 def test_a_teacher_is_trained_once_and_reused_by_every_student(tmp_path, monkeypatch, capsys):
@@ -1716,9 +1677,8 @@ def unhurt(tmp_path_factory):
 
 
 KILLS = {"step": (3, 8, 14), "write": (2, 11), "rename": (12, 13), "link": (1, 3), "evaluation": (2,)}
-KILLS |= {"teacher": (1,)}
 FAULTS = [(what, when, signal.SIGKILL) for what, times in KILLS.items() for when in times]
-FAULTS += [("step", 11, signal.SIGTERM), ("evaluation", 1, signal.SIGINT)]
+FAULTS += [("step", 11, signal.SIGTERM), ("evaluation", 1, signal.SIGINT), ("teacher", 1, signal.SIGKILL)]
 
 
 @pytest.mark.parametrize("fault", FAULTS, ids=lambda fault: f"{fault[0]}-{fault[1]}-{fault[2].name}")
@@ -1728,14 +1688,6 @@ def test_a_run_that_is_killed_anywhere_ends_as_if_it_never_was(tmp_path, unhurt,
     assert forked(flags({"out": tmp_path / "run", "resume": True})) == 0
     assert same_run(unhurt, tmp_path / "run")
     assert not list(tmp_path.rglob("*.partial"))
-
-
-def test_a_run_that_is_killed_again_and_again_ends_as_if_it_never_was(tmp_path, unhurt):
-    rng, words = np.random.default_rng(0), flags(SURVIVOR | {"out": tmp_path / "run", "resume": True})
-    for what, last in (("step", 8), ("write", 6), ("rename", 5), ("step", 5), ("write", 4)):
-        assert forked(words, (what, rng.integers(2, last), signal.SIGKILL)) == -signal.SIGKILL
-    assert forked(words) == 0
-    assert same_run(unhurt, tmp_path / "run")
 
 
 @pytest.mark.parametrize("more", [{"workers": 1}, {"precision": "fp16", "workers": 0}])
@@ -1780,9 +1732,16 @@ def test_a_fine_tuning_that_is_killed_needs_nothing_but_its_directory(tmp_path, 
     assert "has --train head, not all" in output(run_finetune, *again, "--train", "all", code=2)
 
 
-def test_resuming_keeps_every_setting_that_is_not_given_again(tmp_path, output):
+def test_a_run_goes_on_with_its_own_settings_or_is_written_over_when_told_to(tmp_path, monkeypatch, output):
     own = {"save_every": 2, "workers": 1, "skip_broken": True, "seed": 3, "epochs": 1}
-    output(run_train, *flags(QUICK | own | {"out": tmp_path / "run"}))
+    words, last = flags(QUICK | own | {"out": tmp_path / "run"}), tmp_path / "run/last.pth"
+    output(run_train, *words)
+    before = last.read_bytes()
+    assert "--resume" in output(run_train, *words, code=2)
+    with monkeypatch.context() as torchrun:
+        torchrun.setenv("TORCHELASTIC_MAX_RESTARTS", "3")
+        refused = output(run_train, *words, "--overwrite", code=2)
+        assert "at each of torchrun's restarts" in refused and last.read_bytes() == before
     for changed in ({}, {"workers": 0, "accumulate": 2}):
         again = {"out": tmp_path / "run", "resume": True}
         output(run_train, *flags(again | changed))
@@ -1791,6 +1750,9 @@ def test_resuming_keeps_every_setting_that_is_not_given_again(tmp_path, output):
     for name, value in (("seed", 4), ("lr", 0.1), ("erasing", 0.5)):
         told = output(run_train, *flags(again | {name: value}), code=2)
         assert f"run has --{name} {kept[name]}, not {value}" in told
+    output(run_train, *words, "--overwrite", "--seed", "1")
+    assert saved(tmp_path / "run")["settings"]["seed"] == 1 and last.read_bytes() != before
+    assert len(checkpoint.read_log(tmp_path / "run")) == 1
 
 
 def test_the_older_checkpoint_serves_when_the_last_is_damaged(tmp_path, unhurt, capsys):
@@ -1881,7 +1843,6 @@ def test_fp16s_first_step_may_overflow_without_harm_to_sgds_momentum(tmp_path, m
     assert saved(tmp_path / "run")["scaler"]["scale"] < 65536  # the first step was skipped
     momenta = [state["momentum_buffer"] for state in optimizer["state"].values()]
     assert momenta and all(momentum.abs().max() < 1e3 for momentum in momenta)
-    assert not any(group["fused"] for group in optimizer["param_groups"])
 
 
 def test_files_of_one_name_are_told_by_their_addresses_and_a_hash_in_a_name_counts(tmp_path, monkeypatch):
@@ -2120,27 +2081,13 @@ def test_mistakes_of_fine_tuning_end_with_one_line_and_exit_code_2(tmp_path, mon
         assert message in output(run_finetune, *words.split(), "--device", "cpu", code=2)
 
 
-def test_a_run_is_not_written_over_unless_told_to(tmp_path, monkeypatch, output):
-    words, last = flags(QUICK | {"epochs": 1, "out": tmp_path / "run"}), tmp_path / "run/last.pth"
-    output(run_train, *words)
-    before = last.read_bytes()
-    assert "--resume" in output(run_train, *words, code=2)
-    with monkeypatch.context() as torchrun:
-        torchrun.setenv("TORCHELASTIC_MAX_RESTARTS", "3")
-        refused = output(run_train, *words, "--overwrite", code=2)
-        assert "at each of torchrun's restarts" in refused and last.read_bytes() == before
-    output(run_train, *words, "--overwrite", "--seed", "1")
-    assert last.read_bytes() != before and len(checkpoint.read_log(tmp_path / "run")) == 1
-
-
 def test_a_run_is_not_resumed_on_other_data(tmp_path, output):
-    train_path = write_folder(tmp_path / "data", [(16, 16)]) / "train"
-    bee, cow = train_path / "bee", train_path / "cow"
+    bee = write_folder(tmp_path / "data", [(16, 16)]) / "train/bee"
     words = QUICK | {"data": "folder", "data_path": tmp_path / "data", "epochs": 1, "batch_size": 4}
     output(run_train, *flags(words | {"out": tmp_path / "run"}))
     shutil.rmtree(tmp_path / "data/val/bee")
-    # another class; then fewer pictures of the old one
-    for change in (lambda: bee.rename(cow), lambda: (cow / "0.png").unlink() or cow.rename(bee)):
+    # fewer pictures; then another class
+    for change in (lambda: (bee / "0.png").unlink(), lambda: bee.rename(bee.with_name("cow"))):
         change()
         refused = output(run_train, "--out", tmp_path / "run", "--resume", code=2)
         assert "have changed; start it anew with --overwrite" in refused
@@ -2198,79 +2145,20 @@ def test_a_full_disk_is_one_line_and_keeps_what_was_saved(tmp_path, output):
     assert last.read_bytes() == before and not list(tmp_path.rglob("*.partial"))
 
 
-def test_names_with_odd_characters_break_neither_terminal_nor_log(tmp_path, monkeypatch, capsys):
-    names, out = ["a\nnewline", "b\x1b[31mred", "c\udcff", "δ 日本"], tmp_path / "run\x07"
-    path = write_folder(tmp_path / "da\x1b[2Jta", [(16, 16)], names)
-    words = QUICK | {"data": "folder", "data_path": path, "batch_size": 8, "epochs": 1, "out": out}
-    assert [run_train(monkeypatch, *flags(words)) for _ in range(2)] == [0, 2]
-    assert all(c.isprintable() or c == "\n" for told in capsys.readouterr() for c in told)
-    assert saved(out)["settings"]["classes"] == names
-
-
-# Values at random: for most settings by their kind, for these others; most are sensible, some are not
-SPECIAL = {
-    "data": ["shapes", "folder", "cifar"],
-    "data_path": ["pictures", "broken", "nowhere", "notes.txt"],
-    "model": ["tiny", "small", "resnet18", "regnet_y_200mf", "vit_b_16", "tinny"],
-    "img_size": [1, 4, 8, 16, 20, 32, 0, 10**6],
-    "patch_size": [1, 2, 4, 8, 16, 3, 10**6],
-    "limit": [4, 8, -1],
-    "teacher": ["tiny", "regnet_y_200mf", "resnet18", "mobilenet_v2"],
-    "teacher_weights": ["", "tiny.pth", "notes.txt", "none.pth"],
-    "batch_size": [1, 2, 4, 8, 7, 100],
-    "precision": ["auto", "fp32", "fp16"],
-    "workers": [-1, 0],
-    "out": ["run", "notes.txt/run"],
-} | dict.fromkeys(("epochs", "teacher_epochs", "depth"), [1])  # fmt: skip
-
-
-def random_words(rng):
-    """Flags at random."""
-    words = {"epochs": 1, "teacher_epochs": 1, "batch_size": 4, "depth": 1, "limit": 8}
-    for one in dataclasses.fields(Settings):
-        kinds = {bool: [True], int: [0, 1, 2, 3, 1000, -1], float: [0, 1e-9, 0.1, 0.5, 0.999, 10, 1e30]}
-        choices = SPECIAL.get(one.name, kinds.get(type(one.default), one.metadata["allowed"]))
-        if one.name != "compile" and rng.random() < 0.25:
-            words[one.name] = choices[rng.integers(len(choices))]
-    return flags(words | {"device": "cpu"})
-
-
-def test_flags_at_random_either_train_or_give_one_line(tmp_path, monkeypatch, capsys):
-    monkeypatch.chdir(tmp_path)
-    write_folder(tmp_path / "pictures", [(20, 30)])
-    write_folder(tmp_path / "broken", [(20, 30), (30, 20)])
-    (tmp_path / "broken/train/ant/0.png").write_bytes(b"")
-    (tmp_path / "notes.txt").write_text("notes")
-    tiny = create_model("tiny", num_classes=10, img_size=16, patch_size=8, depth=1)
-    torch.save(tiny.state_dict(), "tiny.pth")
-    first, ended = int(os.environ.get("FUZZ_FROM", 0)), Counter()
-    for seed in range(first, first + int(os.environ.get("FUZZ_RUNS", 8))):
-        words = random_words(np.random.default_rng(seed))
-        try:
-            code = run_train(monkeypatch, *words)
-        except Exception as error:
-            raise AssertionError(f"seed {seed}: train.py {' '.join(words)}") from error
-        error = capsys.readouterr().err
-        assert (code, error.count("\n")) == ((2, 1) if code else (0, 0)), (seed, code, words, error)
-        ended[code] += 1
-        for out in ("run", "runs"):
-            shutil.rmtree(out, ignore_errors=True)
-    assert min(ended[0], ended[2]) > sum(ended.values()) / 10
-
-
 # ---- Tools ----
 
 
-def test_the_attention_picture_shows_more_attention_brighter_for_each_token_and_head(tmp_path, output):
+def test_attention_is_drawn_by_token_and_head_and_augmentations_by_operation(tmp_path, output):
     save_network(tmp_path / "net.pth", ["a", "b"])
     Image.new("RGB", (300, 200), (10, 200, 30)).save(tmp_path / "photo.png")
     words = ["attention", tmp_path / "net.pth", tmp_path / "photo.png", "--out", tmp_path / "out.png"]
     output(run_evaluate, *words)
+    # the picture, 3 heads and the rollout; class and distillation token
     assert Image.open(tmp_path / "out.png").size == (80 + 5 * 116, 2 * 138)
-    heat = pictures.overlay(Image.new("RGB", (40, 40)), torch.tensor([[0.0, 0.3], [0.3, 0.4]]))
-    low, high = (np.array(heat.getpixel(at)) for at in ((2, 2), (37, 37)))
-    assert high[:2].min() > 2 * low[2]  # yellow where most is, dark blue where nothing is
     assert "--layer 13: the network has 2 layers" in output(run_evaluate, *words, "--layer", "13", code=2)
+    output(run_evaluate, "augmentations", "--out", tmp_path / "sheet.png")
+    pixels = np.asarray(Image.open(tmp_path / "sheet.png"))
+    assert len({pixels[98 * row : 98 * row + 72, 80:].tobytes() for row in range(15)}) == 15
 
 
 def test_predictions_are_each_heads_softmax_and_their_mean(tmp_path, monkeypatch, output):
@@ -2299,17 +2187,14 @@ def test_predictions_are_each_heads_softmax_and_their_mean(tmp_path, monkeypatch
 
 
 def test_odd_images_are_predicted_or_told_in_one_line_each(tmp_path, monkeypatch, capsys):
-    save_network(tmp_path / "net.pth", ["a", "tab\there"], distilled=False)
+    save_network(tmp_path / "net.pth", ["a", "b"], distilled=False)
     (tmp_path / "text.jpg").write_text("no picture")
-    kinds = {"1x1.png": (1, 1), "wide.png": (20_000, 2), "new\nline é\x1b.png": (9, 9)}
-    for name, size in kinds.items():
-        Image.new("L", size).save(tmp_path / name)
-    files = [tmp_path / name for name in ("text.jpg", "missing.png", *kinds)]
+    files = [tmp_path / name for name in ("text.jpg", "missing.png", "new\nline é\x1b.png")]
+    Image.new("L", (20_000, 2)).save(files[2])
     assert run_evaluate(monkeypatch, "predict", tmp_path / "net.pth", *files) == 2
     out, errors = capsys.readouterr()
     assert [line.split(" is ")[0] for line in errors.splitlines()] == [f"error: {file}" for file in files[:2]]
-    assert len(out.splitlines()) == 2 * len(kinds)
-    assert r"new\nline é\x1b.png" in out and r"tab\there" in out
+    assert r"new\nline é\x1b.png" in out and len(out.splitlines()) == 2
 
 
 def test_curves_are_drawn_from_the_logs_of_runs(tmp_path, monkeypatch, output):
@@ -2331,12 +2216,6 @@ def test_curves_are_drawn_from_the_logs_of_runs(tmp_path, monkeypatch, output):
         assert message in output(run_evaluate, "curves", tmp_path / run, code=2)
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     assert "pip install matplotlib" in output(run_evaluate, "curves", tmp_path / "sec$nd", code=2)
-
-
-def test_the_contact_sheet_shows_every_operation(tmp_path, output):
-    output(run_evaluate, "augmentations", "--out", tmp_path / "sheet.png")
-    pixels = np.asarray(Image.open(tmp_path / "sheet.png"))
-    assert len({pixels[98 * row : 98 * row + 72, 80:].tobytes() for row in range(15)}) == 15
 
 
 def test_every_word_has_an_example_in_its_help_and_on_a_page(output):
@@ -2386,7 +2265,7 @@ def test_the_commands_on_the_pages_are_ones_that_the_programs_take():
     assert seen == set(PROGRAMS)
 
 
-def test_every_flag_file_name_and_test_on_the_pages_exists():
+def test_every_flag_file_and_name_on_the_pages_exists():
     known = {"--nodes", "--ntasks-per-node", "--gpus-per-node", "--cpus-per-task", "--time", "--requeue"}
     known |= LAUNCHER.union(*(flags_of(script) for script in PROGRAMS))
     sources = {path: path.read_text() for path in Path().glob("*.py")}
@@ -2397,8 +2276,6 @@ def test_every_flag_file_name_and_test_on_the_pages_exists():
             assert (page.parent / path).exists(), (page, path)
         for path in re.findall(r"(?<![\w/])(\w+\.py)\b", text):
             assert Path(path).exists(), (page, path)
-        for name in re.findall(r"\btest_(?!all\b)\w+", text):
-            assert name in globals(), (page, name)
         # `name` in [file.py](file.py), or file.py: ... `name`
         for name, path in re.findall(r"`([\w.]+)` in \[(\w+\.py)\]", text):
             assert re.search(rf"(def|class) {name}\b|^{name}\b", sources[Path(path)], re.MULTILINE), name
