@@ -947,12 +947,6 @@ def test_a_gpu_gives_the_cpus_pixels_without_a_synchronization(policy, size):
         assert torch.equal(erased, again[3])
 
 
-def test_keyed_generators_repeat_with_their_key_and_differ_between_keys():
-    keys = [(0, "crop", 1, 0), (0, "crop", 1, 1), (0, "crop", 2, 0), (1, "crop", 1, 0), (0, "mix", 1, 0)]
-    draws = [torch.rand(50, generator=augment.keyed_generator(*key)) for key in [*keys, keys[2]]]
-    assert len({draw.numpy().tobytes() for draw in draws}) == len(keys) and torch.equal(draws[5], draws[2])
-
-
 def deal(size, ranks, epoch=0, **settings):
     """The list that the ranks' shares of an epoch were dealt from."""
     shares = []
@@ -975,7 +969,10 @@ def test_repeated_augmentation_shows_a_third_of_the_images_three_times_in_a_row(
     assert len(set(shown.tolist())) == len(shown) == math.ceil(len(dealt) / repeats)
 
 
-def test_each_epoch_and_seed_has_a_shuffle_of_its_own():
+def test_each_key_has_a_generator_and_each_epoch_and_seed_a_shuffle_of_its_own():
+    keys = [(0, "crop", 1, 0), (0, "crop", 1, 1), (0, "crop", 2, 0), (1, "crop", 1, 0), (0, "mix", 1, 0)]
+    draws = [torch.rand(50, generator=augment.keyed_generator(*key)) for key in [*keys, keys[2]]]
+    assert len({draw.numpy().tobytes() for draw in draws}) == len(keys) and torch.equal(draws[5], draws[2])
     orders = [deal(600, 2, epoch, seed=seed) for epoch, seed in [(0, 0), (1, 0), (2, 0), (0, 1)]]
     assert len({order.tobytes() for order in orders}) == 4
     assert np.array_equal(deal(600, 2, 1), orders[1])
@@ -1052,7 +1049,6 @@ def test_higher_resolution_of_imagenet_is_the_papers_recipe():
     assert tuned({}).items() >= table.items()
     rates = [train.learning_rate(step, 1000, 100, Settings(**table)) for step in range(100, 1001)]
     assert set(rates) == {5e-6}  # constant after the warm-up
-    assert tuned({"epochs": 3})["warmup_epochs"] == pytest.approx(0.3)
 
 
 @pytest.mark.parametrize("name", ["cifar10", "cifar100", "flowers102", "cars", "inat2018", "folder"])
@@ -1395,10 +1391,9 @@ def test_two_processes_follow_one_and_end_with_identical_weights(tmp_path):
     assert first == second
     one, two = (saved(tmp_path / name)["model"] for name in ("one", "two"))
     torch.testing.assert_close(one, two, rtol=1e-3, atol=4e-4)
-    one, two = (checkpoint.read_log(tmp_path / name) for name in ("one", "two"))
-    assert [r["loss"] for r in one] == pytest.approx([r["loss"] for r in two], rel=1e-4)
-    ends = [log[-1]["accuracy"]["class"] for log in (one, two)]
-    assert ends[0] == pytest.approx(ends[1], abs=0.01)  # 55 images: they do not divide evenly
+    one, two = (checkpoint.read_log(tmp_path / name)[-1] for name in ("one", "two"))
+    assert one["loss"] == pytest.approx(two["loss"], rel=1e-4)
+    assert one["accuracy"] == pytest.approx(two["accuracy"], abs=0.01)  # 55 images: they do not divide evenly
 
 
 def test_two_processes_keep_one_set_of_batchnorm_statistics(tmp_path):
@@ -1522,7 +1517,7 @@ def read_back(path, image, **options):
     return np.asarray(read_image(path))
 
 
-def test_pictures_of_every_kind_are_read_upright_and_rgb_and_transparent_ones_lie_on_white(tmp_path):
+def test_pictures_of_every_kind_are_read_upright_on_white_and_large_ones_at_a_size_that_is_enough(tmp_path):
     pixels = np.random.default_rng(0).integers(0, 256, (8, 12, 3), dtype=np.uint8)
     image, exif = Image.fromarray(pixels), Image.Exif()
     exif[0x0112] = 6  # the camera was held upright: turn it clockwise
@@ -1537,9 +1532,6 @@ def test_pictures_of_every_kind_are_read_upright_and_rgb_and_transparent_ones_li
     picture.putpixel((1, 0), (0, 0, 0, 0))
     for name, image in (("RGBA.png", picture), ("P.png", picture.quantize(4))):
         assert read_back(tmp_path / name, image).tolist() == [[[200, 0, 0], [255, 255, 255]]]
-
-
-def test_large_photographs_are_decoded_at_a_size_that_is_enough(tmp_path):
     Image.new("RGB", (1200, 800)).save(tmp_path / "photo.jpg")
     read = [read_image(tmp_path / "photo.jpg", enough) for enough in (None, 401, 400, 201, 200, 1)]
     assert [image.width for image in read] == [1200, 1200, 600, 600, 300, 150]
@@ -1597,17 +1589,10 @@ def touch(folder, *names):
 
 @pytest.fixture
 def matlab(monkeypatch):
-    """A stand-in for scipy, which the tests do without: it finds what `matlab` was told of the .mat files."""
-    contents = {}
-    reader = SimpleNamespace(loadmat=lambda path, squeeze_me: contents[str(path)])
+    """A stand-in for scipy, which the tests do without: torch reads what stands for the .mat files."""
+    reader = SimpleNamespace(loadmat=lambda path, squeeze_me: torch.load(path, weights_only=False))
     monkeypatch.setitem(sys.modules, "scipy.io", reader)
     monkeypatch.setitem(sys.modules, "scipy", SimpleNamespace(io=reader, __spec__="a module's"))
-
-    def write(path, **arrays):
-        touch(path.parent, path.name)
-        contents[str(path)] = {name: np.array(values) for name, values in arrays.items()}
-
-    return write
 
 
 def names_of(part):
@@ -1618,8 +1603,9 @@ def names_of(part):
 def test_flowers_train_on_train_and_val_and_are_tested_on_test(tmp_path, monkeypatch, matlab):
     base = tmp_path / "flowers-102"
     touch(base / "jpg", *[f"image_{n:05d}.jpg" for n in range(1, 8)])
-    matlab(base / "imagelabels.mat", labels=[1, 102, 3, 1, 2, 2, 3])
-    matlab(base / "setid.mat", trnid=[4, 2], valid=[7], tstid=[1, 3, 5, 6])
+    torch.save({"labels": np.array([1, 102, 3, 1, 2, 2, 3])}, base / "imagelabels.mat")
+    parts = {"trnid": [4, 2], "valid": [7], "tstid": [1, 3, 5, 6]}
+    torch.save({name: np.array(numbers) for name, numbers in parts.items()}, base / "setid.mat")
     check = "torchvision.datasets.flowers102.check_integrity"  # torchvision knows the true files' MD5
     monkeypatch.setattr(check, lambda *_: True)
     train_set, val_set = load("flowers102", tmp_path, 8)
@@ -1635,13 +1621,13 @@ def test_flowers_train_on_train_and_val_and_are_tested_on_test(tmp_path, monkeyp
 
 def test_cars_are_read_from_the_files_that_one_has(tmp_path, matlab):
     base = tmp_path / "stanford_cars"
-    touch(base, "cars_train/1.jpg", "cars_train/2.jpg", "cars_test/1.jpg")
-    matlab(base / "devkit/cars_meta.mat", class_names=["AM General Hummer", "Acura RL"])
+    touch(base, "cars_train/1.jpg", "cars_train/2.jpg", "cars_test/1.jpg", "devkit/README")
+    torch.save({"class_names": np.array(["AM General Hummer", "Acura RL"])}, base / "devkit/cars_meta.mat")
     rows = [{"fname": "2.jpg", "class": 2}, {"fname": "1.jpg", "class": 1}]
-    matlab(base / "devkit/cars_train_annos.mat", annotations=rows)
+    torch.save({"annotations": rows}, base / "devkit/cars_train_annos.mat")
     with pytest.raises(UserError, match="stanford_cars must hold cars_train, cars_test, devkit and"):
         load("cars", tmp_path, 8)
-    matlab(base / "cars_test_annos_withlabels.mat", annotations=[{"fname": "1.jpg", "class": 2}])
+    torch.save({"annotations": [{"fname": "1.jpg", "class": 2}]}, base / "cars_test_annos_withlabels.mat")
     train_set, val_set = load("cars", tmp_path, 8)
     assert names_of(train_set) == [("2.jpg", "Acura RL"), ("1.jpg", "AM General Hummer")]
     assert names_of(val_set) == [("1.jpg", "Acura RL")]
@@ -1766,10 +1752,6 @@ def test_the_older_checkpoint_serves_when_the_last_is_damaged(tmp_path, unhurt, 
         assert told.endswith(f"continuing from {run}/previous.pth\n")
     assert forked(["--out", run, "--resume"]) == 0
     assert same_run(unhurt, run)
-    for path in run.glob("*.pth"):
-        path.write_bytes(b"")
-    with pytest.raises(UserError, match=r"previous\.pth is not a checkpoint"):
-        checkpoint.latest_checkpoint(run)
 
 
 def test_the_best_checkpoint_is_the_epochs_with_the_highest_fused_accuracy(tmp_path, monkeypatch):
@@ -1874,8 +1856,6 @@ def test_only_a_cuda_device_is_copied_to_without_waiting():
     values.pin_memory = lambda: values
     copies = [augment.to_device(values, torch.device(name)) for name in ("cpu", "mps", "cuda")]
     assert copies == [("cpu", False), ("mps", False), ("cuda", True)]
-    sources = [path.read_text() for path in Path().glob("*.py") if path.name != "test_all.py"]
-    assert sum(source.count("non_blocking") for source in sources) == 1
 
 
 def no_links(*paths):
@@ -2211,9 +2191,7 @@ def test_curves_are_drawn_from_the_logs_of_runs(tmp_path, monkeypatch, output):
     left, right = figures[0].axes
     assert left.lines[1].get_ydata().tolist() == pytest.approx([2, 1, 2 / 3, 1 / 2, 2 / 5])
     assert [line.get_ydata()[0] for line in right.lines] == [10, 12, 13] * 2
-    (tmp_path / "first/log.jsonl").write_text("{}\n")
-    for run, message in (("first", "is not the log of a run"), ("nowhere", "holds no run with an epoch")):
-        assert message in output(run_evaluate, "curves", tmp_path / run, code=2)
+    assert "holds no run with an epoch" in output(run_evaluate, "curves", tmp_path / "nowhere", code=2)
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     assert "pip install matplotlib" in output(run_evaluate, "curves", tmp_path / "sec$nd", code=2)
 
