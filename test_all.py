@@ -95,7 +95,9 @@ def output(monkeypatch, capsys):
 
     def output(run, *words, code=0):
         assert run(monkeypatch, *words) == code
-        return one_line(capsys) if code == 2 else capsys.readouterr().out
+        told, error = capsys.readouterr()
+        assert code != 2 or error.startswith("error: ") and error.count("\n") == 1, error
+        return error if code == 2 else told
 
     return output
 
@@ -601,9 +603,6 @@ def test_geometric_operations_are_pillows_bicubic_ones(name, samples):
         pixels = torch.cat([pixels for pixels in differences if (len(pixels) <= 100) == small])
         assert (pixels > 1).float().mean() < (0.02 if small else 2e-3)
         assert pixels[pixels <= 1].float().mean() < 0.05
-    white = torch.full((1, 3, 40, 40), 255, dtype=torch.uint8)
-    moved = augment.OPERATIONS[name](white, torch.tensor([RANGES[name][-1]]))
-    assert moved[0, :, 39, 39].tolist() == [124, 116, 104]  # the mean color
 
 
 def test_each_image_of_a_batch_gets_its_own_operation_and_argument(samples):
@@ -631,10 +630,6 @@ def follows(draws, expected):
     values = np.concatenate([draws, expected])
     below = [np.searchsorted(x, values, side="right") / len(x) for x in (draws, expected)]
     return np.abs(below[0] - below[1]).max() < 2.47 * math.sqrt(1 / len(draws) + 1 / len(expected))
-
-
-def evenly(count):
-    return dict.fromkeys(range(count), 1 / count)
 
 
 def uncorrelated(a, b):
@@ -687,7 +682,8 @@ def drawn(monkeypatch):
 def test_randaugment_applies_two_of_fifteen_by_half_at_normal_magnitudes_with_a_coins_sign(drawn):
     (first, one), (second, two) = drawn(augment.RandAugment(), 300_000)
     applied = (first >= 0) & (second >= 0)
-    assert follows(applied, {True: 0.25}) and follows((15 * first + second)[applied], evenly(225))
+    pairs = dict.fromkeys(range(225), 1 / 225)
+    assert follows(applied, {True: 0.25}) and follows((15 * first + second)[applied], pairs)
     for op, signed in ((first, one), (second, two)):
         assert follows(op >= 0, {True: 0.5}) and follows(signed > 0, {True: 0.5})
         assert follows(10 * signed.abs(), np.random.default_rng(3).normal(9, 0.5, 200_000).clip(0, 10))
@@ -727,21 +723,18 @@ def test_color_jitter_does_its_three_operations_in_any_order_within_its_strength
     assert uncorrelated(factors[0], factors[1]) and uncorrelated(factors[1], factors[2])
 
 
-def test_half_of_the_images_are_mirrored():
+def test_half_of_the_images_are_mirrored_and_small_ones_cut_out_of_their_own_padding_anywhere():
     images = noise(20_000, 3, 2, 4)
     flipped = augment.random_flip(images, generator())
     mirrored = (flipped == torch.from_numpy(images.numpy()[..., ::-1].copy())).flatten(1).all(dim=1)
     assert follows(mirrored, {True: 0.5}) and torch.equal(flipped[~mirrored], images[~mirrored])
-
-
-def test_pad_and_crop_cuts_each_image_out_of_its_own_padding_at_any_offset():
     images = noise(10, 3, 5, 6) | 1  # no black but the padding's
     padded = np.pad(images.numpy(), [(0, 0), (0, 0), (4, 4), (4, 4)])
     cuts = {padded[i, :, y : y + 5, x : x + 6].tobytes(): (i, 9 * y + x) for i, y, x in np.ndindex(10, 9, 9)}
     which = torch.arange(40_000) % 10
     crops = augment.pad_and_crop(images[which], generator())
     found = torch.tensor([cuts[crop.tobytes()] for crop in crops.numpy()])
-    assert torch.equal(found[:, 0], which) and follows(found[:, 1], evenly(81))
+    assert torch.equal(found[:, 0], which) and follows(found[:, 1], dict.fromkeys(range(81), 1 / 81))
 
 
 def check_boxes(ours, theirs, height, width):
@@ -903,9 +896,8 @@ def test_a_step_is_flip_policy_normalize_erase_mix_and_follows_its_generator(pol
     assert torch.equal(inputs, expected[0]) and torch.equal(targets, expected[1])
     assert torch.equal(mine.get_state(), draws.get_state())
     assert not torch.equal(step(images, labels, mine)[0], inputs)  # the next draws are others
-    for refuses in (augment.normalize, lambda images: step(images, labels, draws)):
-        with pytest.raises(ValueError, match="images must be uint8, not torch.float32"):
-            refuses(images / 255)
+    with pytest.raises(ValueError, match="images must be uint8, not torch.float32"):
+        step(images / 255, labels, draws)
 
 
 @pytest.mark.parametrize("policy", [*POLICIES, "off"])
@@ -1352,16 +1344,6 @@ def test_attention_maps_are_the_prefix_tokens_softmax_over_the_patches_and_their
 # ---- The loop ----
 
 
-def test_accumulated_parts_give_the_step_of_the_whole_batch(tmp_path, monkeypatch):
-    for parts in (1, 4):
-        words = QUICK | PLAIN | {"accumulate": parts, "out": tmp_path / str(parts)}
-        assert run_train(monkeypatch, *flags(words)) == 0
-    losses = [[r["loss"] for r in checkpoint.read_log(tmp_path / str(parts))] for parts in (1, 4)]
-    assert losses[0] == pytest.approx(losses[1], rel=1e-4)
-    one, four = (saved(tmp_path / str(parts))["model"] for parts in (1, 4))
-    torch.testing.assert_close(one, four, rtol=1e-3, atol=4e-4)
-
-
 @pytest.mark.parametrize("precision", ["fp16", "bf16"])
 def test_mixed_precision_trains_with_clipping_accumulation_and_average(tmp_path, monkeypatch, precision):
     words = QUICK | {"precision": precision, "clip_grad": 1.0, "accumulate": 2, "ema": 0.9}
@@ -1383,17 +1365,20 @@ def recorded():
     (out / f"rank{launch.rank()}.json").write_text(json.dumps(digest))
 
 
-def test_two_processes_follow_one_and_end_with_identical_weights(tmp_path):
+def test_accumulated_parts_and_two_processes_give_the_steps_of_the_whole_batch(tmp_path):
     words = flags(QUICK | PLAIN)
-    fork(recorded, [*words, "--out", tmp_path / "one"]).join()
+    for out, parts in (("whole", 1), ("parts", 4)):
+        fork(recorded, [*words, "--accumulate", parts, "--out", tmp_path / out]).join()
     fork_two(recorded, [*words, "--out", tmp_path / "two"])
     first, second = (json.loads((tmp_path / f"two/rank{rank}.json").read_text()) for rank in (0, 1))
     assert first == second
-    one, two = (saved(tmp_path / name)["model"] for name in ("one", "two"))
-    torch.testing.assert_close(one, two, rtol=1e-3, atol=4e-4)
-    one, two = (checkpoint.read_log(tmp_path / name)[-1] for name in ("one", "two"))
-    assert one["loss"] == pytest.approx(two["loss"], rel=1e-4)
-    assert one["accuracy"] == pytest.approx(two["accuracy"], abs=0.01)  # 55 images: they do not divide evenly
+    whole, record = saved(tmp_path / "whole"), checkpoint.read_log(tmp_path / "whole")[-1]
+    for out in ("parts", "two"):
+        torch.testing.assert_close(saved(tmp_path / out)["model"], whole["model"], rtol=1e-3, atol=4e-4)
+        ended = checkpoint.read_log(tmp_path / out)[-1]
+        assert ended["loss"] == pytest.approx(record["loss"], rel=1e-4)
+        # of 55 images, which two processes cannot share evenly
+        assert ended["accuracy"] == pytest.approx(record["accuracy"], abs=0.01)
 
 
 def test_two_processes_keep_one_set_of_batchnorm_statistics(tmp_path):
@@ -1402,13 +1387,12 @@ def test_two_processes_keep_one_set_of_batchnorm_statistics(tmp_path):
     assert first == second and any("running_var" in key for key in first)
 
 
-def test_a_teacher_is_trained_once_and_reused_by_every_student(tmp_path, monkeypatch, capsys):
+def test_a_teacher_is_trained_once_and_reused_by_every_student(tmp_path, output):
     words = QUICK | {"teacher": "resnet18", "teacher_epochs": 1, "distill": "hard", "epochs": 1}
     same = {}, {"seed": 1}, {"patch_size": 4}, {"accumulate": 2}, {"batch_size": 18, "distill": "soft"}
     other = {"teacher_epochs": 2}, {"img_size": 24}, {"limit": 50}
     for n, more in enumerate(same + other):  # the others decide what the teacher becomes
-        assert run_train(monkeypatch, *flags(words | more | {"out": tmp_path / f"s{n}"})) == 0
-        told = capsys.readouterr().out
+        told = output(run_train, *flags(words | more | {"out": tmp_path / f"s{n}"}))
         assert ("trained earlier" in told, "teacher: training" in told) == (0 < n < 5, n in (0, 5, 6, 7))
     assert len(list(tmp_path.glob("teacher-shapes-*-resnet18-*"))) == 4
     student = saved(tmp_path / "s4")
@@ -1707,8 +1691,7 @@ def test_a_fine_tuning_that_is_killed_needs_nothing_but_its_directory(tmp_path, 
     words = {"img_size": 24, "epochs": 2, "batch_size": 16, "train": "head", "save_every": 1, "device": "cpu"}
     again = ["--out", "runs/tuned", "--resume"]
     assert forked(flags(words | {"out": "whole"}), None, finetune.main) == 0
-    started = flags(words | {"out": "runs/tuned"})
-    for step, command in ((1, started), (3, again)):
+    for step, command in ((1, flags(words | {"out": "runs/tuned"})), (3, again)):
         assert forked(command, ("step", step, signal.SIGKILL), finetune.main) == -signal.SIGKILL
     told = output(run_train, *again, code=2)
     assert "is a run of finetune.py; continue it with finetune.py --resume" in told
@@ -1884,7 +1867,7 @@ def test_an_epoch_is_saved_once_and_the_best_is_a_link(tmp_path, monkeypatch):
 # ---- What is refused ----
 
 
-def test_impossible_models_and_samplers_and_images_of_another_size_are_refused():
+def test_impossible_models_and_images_of_another_size_are_refused():
     mistakes = [("name", "huge", "unknown model 'huge'"), ("img_size", 0, "img_size"), ("depth", 0, "depth")]
     mistakes += [("img_size", 225, "225 is not a multiple of patch size 16; try image size 224")]
     mistakes += [("patch_size", -4, "patch_size"), ("num_classes", 0, "num_classes")]
@@ -1894,9 +1877,6 @@ def test_impossible_models_and_samplers_and_images_of_another_size_are_refused()
             create_model(**{"name": "tiny", argument: value})
     with pytest.raises(ValueError, match=r"takes images \(B, 3, 32, 32\), not \(2, 3, 48, 48\)"):
         create_model("tiny", img_size=32, patch_size=8)(torch.randn(2, 3, 48, 48))
-    for size, ranks, rank, repeats in [(0, 1, 0, 3), (9, 2, 2, 3), (9, 1, 0, 0)]:
-        with pytest.raises(ValueError, match=f"no sampler of {size} images"):
-            augment.RepeatedAugmentSampler(size, ranks, rank, num_repeats=repeats)
 
 
 def test_weights_that_do_not_fit_are_refused_by_key_and_shapes():
@@ -1918,9 +1898,8 @@ def test_a_damaged_checkpoint_is_recognized_at_any_length_and_any_bit(tmp_path):
     whole = file.read_bytes()
     for length in range(0, len(whole) - 1, 7):
         file.write_bytes(whole[:length])
-        with pytest.raises(UserError, match="is not a checkpoint") as caught:
+        with pytest.raises(UserError, match=r"^[^\n]* is not a checkpoint [^\n]*$"):
             read_checkpoint(file)
-        assert "\n" not in str(caught.value)
     for place in rng.integers(0, len(whole), 200):
         flipped = bytearray(whole)
         flipped[place] ^= 1 << rng.integers(8)
@@ -2000,13 +1979,6 @@ MISTAKES = {
     "--out " + 300 * "x": "File name too long; choose another --out",
     "--out notes.txt/run": "cannot make the directory notes.txt/run: Not a directory; choose another --out",
 }
-
-
-def one_line(capsys):
-    """The one line on standard error."""
-    error = capsys.readouterr().err
-    assert error.startswith("error: ") and error.count("\n") == 1, error
-    return error
 
 
 @pytest.mark.parametrize("words", MISTAKES)
@@ -2133,7 +2105,6 @@ def test_attention_is_drawn_by_token_and_head_and_augmentations_by_operation(tmp
     Image.new("RGB", (300, 200), (10, 200, 30)).save(tmp_path / "photo.png")
     words = ["attention", tmp_path / "net.pth", tmp_path / "photo.png", "--out", tmp_path / "out.png"]
     output(run_evaluate, *words)
-    # the picture, 3 heads and the rollout; class and distillation token
     assert Image.open(tmp_path / "out.png").size == (80 + 5 * 116, 2 * 138)
     assert "--layer 13: the network has 2 layers" in output(run_evaluate, *words, "--layer", "13", code=2)
     output(run_evaluate, "augmentations", "--out", tmp_path / "sheet.png")
