@@ -148,7 +148,7 @@ def run_with(fault=None, main=train.main):
         setattr(module, name, wrapped)
 
     places = {"step": (train, "learning_rate"), "write": (os, "fsync"), "rename": (os, "replace")}
-    places |= {"evaluation": (train, "fuse"), "teacher": (train, "create_teacher"), "link": (os, "link")}
+    places |= {"evaluation": (train, "fuse"), "teacher": (train, "create_teacher")}
     if what:
         hurt(*places[what])
     launch.run_program(main)
@@ -187,10 +187,16 @@ def equal(one, two):
 
 
 def same_run(one, two):
-    """Whether two runs ended with the same weights, average, optimizer, scaler and log, bit for bit."""
+    """Whether two runs ended with the same weights, average, optimizer, scaler and log, bit for bit.
+
+    Only the times in their logs differ, as those of one computation on two days do.
+    """
     first, second = saved(one), saved(two)
+    logs = [checkpoint.read_log(Path(out)) for out in (one, two)]
+    for log in (*logs, first["progress"]["log"], second["progress"]["log"]):
+        assert all(record.pop("seconds") >= 0 and record.pop("images_per_second") >= 0 for record in log)
+    assert logs[0] == logs[1]
     assert (first["progress"], first["scaler"]) == (second["progress"], second["scaler"])
-    assert (Path(one) / "log.jsonl").read_bytes() == (Path(two) / "log.jsonl").read_bytes()
     assert equal(first["model"], second["model"]) and equal(first["ema"] or {}, second["ema"] or {})
     moments = [contents["optimizer"]["state"] for contents in (first, second)]
     return all(equal(state, moments[1][key]) for key, state in moments[0].items())
@@ -1303,9 +1309,10 @@ def test_of_equal_scores_the_class_of_lower_index_comes_first(monkeypatch):
 
 
 @pytest.mark.parametrize("sizes", [[(20, 20)], [(20, 30), (30, 20)]], ids=["held", "streamed"])
-def test_evaluate_repeats_the_accuracy_that_training_ended_with(tmp_path, monkeypatch, capsys, sizes):
-    write_folder(tmp_path / "data", sizes)
-    (tmp_path / "data/val/bee/3.png").write_bytes(b"no picture")
+@pytest.mark.parametrize("split", ["val", "train"])
+def test_evaluate_repeats_the_accuracy_that_training_ended_with(tmp_path, monkeypatch, capsys, sizes, split):
+    write_folder(tmp_path / "data", sizes, splits={"train", split})
+    (tmp_path / f"data/{split}/bee/3.png").write_bytes(b"no picture")
     words = QUICK | {"data": "folder", "data_path": tmp_path / "data", "limit": 11, "batch_size": 4}
     words |= {"distill": "label", "skip_broken": True, "workers": 0, "out": tmp_path / "run"}
     assert run_train(monkeypatch, *flags(words)) == 0
@@ -1315,7 +1322,11 @@ def test_evaluate_repeats_the_accuracy_that_training_ended_with(tmp_path, monkey
         assert run_evaluate(monkeypatch, word, tmp_path / run, "--device", "cpu") == 0
     told = capsys.readouterr().out
     assert f"  top-1  {train.accuracy_line(ended)}\n" in told
-    assert told.count(f"{10 if len(sizes) > 1 else 11} images of") == 2
+    if split == "train":  # without val the second, twelfth and so on image of each class is held out of train
+        assert told.count(f"there is no {tmp_path}/data/val: 2 images of train are held out") == 2
+        assert told.count("2 images of folder\n") == told.count("2 images of folder that") == 1
+    else:
+        assert told.count(f"{10 if len(sizes) > 1 else 11} images of") == 2
 
 
 def test_imagenet_real_takes_any_of_an_images_labels_and_skips_images_without(insects, monkeypatch, capsys):
@@ -1704,7 +1715,7 @@ def test_broken_images_are_named_or_left_out_and_counted(folder):
     for path in bad:
         Path(path).write_bytes(b"no picture")
     for workers in (0, 2):
-        with pytest.raises(UserError, match=r"^[^\n]*bee/[23]\.png is not a readable image[^\n]*$"):
+        with pytest.raises(UserError, match=r"bee/[23]\.png is not a readable image: [^\n]*--skip-broken"):
             collect(load("folder", folder, 24)[0], 3, workers=workers)
     train_set, val_set = load("folder", folder, 24, skip_broken=True)
     batches = collect(train_set, 2, batch_size=5, workers=2)
@@ -1729,9 +1740,9 @@ def test_folders_that_make_no_data_set_are_refused(tmp_path):
     steps = {
         "the class 'cow', which train has not": lambda: (val / "cow").mkdir(),
         "there is no image in .*train/cow": lambda: (val / "cow").rename(train / "cow"),
-        "there are no images in .*train": lambda: [path.unlink() for path in tmp_path.rglob("*.png")],
-        "no images in class folders below": lambda: [path.rmdir() for path in train.iterdir()],
-        "there is no folder .*train; --data-path": train.rmdir,
+        "there are no images for train in class": lambda: [path.unlink() for path in tmp_path.rglob("*.png")],
+        "no images for train in class folders below": lambda: [path.rmdir() for path in train.iterdir()],
+        "there is no folder .*train; --data-path": lambda: (train.rmdir(), shutil.rmtree(val)),
     }
     for message, change in steps.items():
         change()
@@ -1739,6 +1750,33 @@ def test_folders_that_make_no_data_set_are_refused(tmp_path):
             load("folder", tmp_path, 8)
     with pytest.raises(UserError, match="8000 shapes of 1024 pixels are more than 8 GiB"):
         load("shapes", "", 1024)
+
+
+@pytest.mark.parametrize("name", ["folder", "imagenet"])
+def test_own_pictures_are_left_out_loudly_and_what_is_to_be_renamed_is_told(tmp_path, capsys, name):
+    train_path, val = write_folder(tmp_path, HELD) / "train", tmp_path / "val"
+    touch(train_path, "ant/1.HEIC", "ant/deep/2.gif", "ant/.DS_Store", "ant/._1.png", "__MACOSX/ant/1.png")
+    touch(train_path, ".ipynb_checkpoints/1.png", "bee/.ipynb_checkpoints/1.png")
+    (train_set, _), told = load(name, tmp_path, 24), capsys.readouterr().out
+    assert (train_set.classes, len(train_set)) == (["ant", "bee"], 12)
+    text = f"left out of {train_path}: 2 files that are no images by their ending (.gif, .heic)\n"
+    assert told == text
+    for other in ("test", "valid", "validation", "Val"):
+        val = val.rename(tmp_path / other)
+        with pytest.raises(UserError, match=f"there is no folder {tmp_path}/val; rename {val}$"):
+            load(name, tmp_path, 24)
+    with pytest.raises(UserError, match="no folder .*/train/train; move the class folders ant, bee into it"):
+        load(name, train_path, 24)
+    shutil.rmtree(val)
+    for n in range(6, 15):
+        shutil.copy(train_path / "bee/0.png", train_path / f"bee/{n}.png")
+    for path in list(train_path.glob("ant/?.png"))[1:]:
+        path.unlink()
+    sizes = [part.labels.bincount(minlength=2).tolist() for part in load(name, tmp_path, 24)]
+    assert sizes == [[1, 13], [0, 2]]  # one stays, of 15 the second and the twelfth in order are held out
+    shutil.rmtree(train_path / "bee")
+    with pytest.raises(UserError, match="a network of one class learns nothing, and .*train has only 'ant'"):
+        load(name, tmp_path, 24)
 
 
 def test_a_validation_set_may_lack_a_class_and_keeps_trains_labels(folder):
@@ -1836,9 +1874,8 @@ def unhurt(tmp_path_factory):
     return out / "run"
 
 
-KILLS = [("step", 1), ("step", 6), ("step", 12), ("write", 2), ("write", 9), ("rename", 8), ("rename", 9),
-         ("link", 1)]  # fmt: skip
-KILLS += [("link", 2), ("evaluation", 2), ("teacher", 1)]
+KILLS = [("step", 1), ("step", 6), ("step", 12), ("write", 2), ("write", 9), ("rename", 8), ("rename", 9)]
+KILLS += [("write", 4), ("rename", 11), ("evaluation", 2), ("teacher", 1)]  # in best.pth, and after it
 FAULTS = [(*kill, signal.SIGKILL) for kill in KILLS]
 FAULTS += [("step", 9, signal.SIGTERM), ("evaluation", 1, signal.SIGINT)]
 
@@ -1913,9 +1950,10 @@ def test_resuming_keeps_every_setting_that_is_not_given_again(tmp_path, monkeypa
         assert run_train(monkeypatch, *flags(again | changed)) == 0
         kept = json.loads((tmp_path / "run/settings.json").read_text())
         assert kept.items() >= (own | {"device": "cpu"} | changed).items()
-    for name, value in (("seed", 4), ("lr", 0.1), ("erasing", 0.5)):
+    for name, value in (("seed", 4), ("lr", 0.1), ("erasing", 0.5), ("epochs", 2)):
         assert run_train(monkeypatch, *flags(again | {name: value})) == 2
-        assert f"run has --{name} {kept[name]}, not {value}" in one_line(capsys)
+        assert f"run has --{name} {kept[name]}, not {value}" in (error := one_line(capsys))
+        assert (f"train on from its end: finetune.py --checkpoint {tmp_path}" in error) == (name == "epochs")
 
 
 def test_a_run_cut_off_in_its_teacher_goes_on_by_its_directory_alone(tmp_path, monkeypatch, capsys):
@@ -1948,13 +1986,18 @@ def test_the_older_checkpoint_serves_when_the_last_is_damaged(tmp_path, unhurt, 
         checkpoint.latest_checkpoint(run)
 
 
-def test_the_best_checkpoint_is_the_epochs_with_the_highest_fused_accuracy(tmp_path, monkeypatch):
+def test_the_best_checkpoint_is_the_epochs_with_the_highest_fused_accuracy(tmp_path, monkeypatch, capsys):
     accuracies = iter([40.0, 60.0, 50.0])
     heads = {"class": 1.0, "distillation": 2.0}
     monkeypatch.setattr("train.evaluate", lambda *arguments: heads | {"fused": next(accuracies)})
     assert run_train(monkeypatch, *flags(QUICK | {"distill": "label", "out": tmp_path / "run"})) == 0
     assert saved(tmp_path / "run", "best.pth")["progress"]["step"] == 6
     assert [r["accuracy"]["fused"] for r in checkpoint.read_log(tmp_path / "run")] == [40, 60, 50]
+    told = capsys.readouterr().out  # the first screen and the last
+    assert "\n  circle 6, ring 6, half 6, triangle 6, " in told and "best.pth (epoch 2, 60.00 %)" in told
+    size = sum(value.numel() for value in saved(tmp_path / "run")["model"].values())
+    assert f"{size:,} parameters, 9 steps, learning rate 9.38e-05; the run is in {tmp_path}/run\n" in told
+    assert "no_distill_token=" in told and not re.search("teacher|tau|lam=|data_path|workers", told)
 
 
 # Kills process 1 before its fifth step, once
@@ -2081,11 +2124,7 @@ def test_only_a_cuda_device_is_copied_to_without_waiting():
     assert sum(source.count("non_blocking") for source in sources) == 1
 
 
-def no_links(*paths):
-    raise OSError
-
-
-def test_an_epoch_is_saved_once_and_the_best_is_a_link(tmp_path, monkeypatch):
+def test_an_epoch_is_saved_once_and_the_best_has_no_optimizer(tmp_path, monkeypatch):
     written, plain = Counter(), checkpoint.atomic_save
 
     def counted(path, *arguments, **options):
@@ -2095,13 +2134,11 @@ def test_an_epoch_is_saved_once_and_the_best_is_a_link(tmp_path, monkeypatch):
     monkeypatch.setattr("checkpoint.atomic_save", counted)
     monkeypatch.setattr("train.evaluate", lambda *_: {"class": 10.0})
     assert run_train(monkeypatch, *flags(QUICK | {"out": tmp_path / "run"})) == 0
-    assert (written["last.pth"], written["log.jsonl"]) == (3, 3)
-    for name, linked in (("linked", True), ("copied", False)):
-        if not linked:  # a file system without hard links
-            monkeypatch.setattr("os.link", no_links)
-        assert run_train(monkeypatch, *flags(QUICK | {"epochs": 1, "out": tmp_path / name})) == 0
-        best, last = (tmp_path / name / file for file in ("best.pth", "last.pth"))
-        assert os.path.samefile(best, last) == linked and best.read_bytes() == last.read_bytes()
+    assert written == {"settings.json": 2, "last.pth": 3, "best.pth": 1, "log.jsonl": 3}
+    assert run_train(monkeypatch, *flags(QUICK | {"epochs": 1, "ema": 0.5, "out": tmp_path / "one"})) == 0
+    best, last = (saved(tmp_path / "one", file) for file in ("best.pth", "last.pth"))
+    assert last.keys() - best.keys() == {"optimizer", "scaler"} and best["settings"] == last["settings"]
+    assert equal(best["model"], last["model"]) and equal(best["ema"], last["ema"])
 
 
 def differing(path):
@@ -2208,6 +2245,7 @@ MISTAKES = {
     "--workers -2": "argument --workers: -2 is not allowed",
     "--save-every -1": "argument --save-every: -1 is not allowed",
     "--data cifar": "invalid choice: 'cifar' (choose from ",
+    "--data empty": "for pictures in a folder: --data folder --data-path empty; see",
     "--data cifar-10": "; did you mean cifar10?",
     "--distill strong": "invalid choice: 'strong' (choose from ",
     "--augment randaug": "; did you mean randaugment?",
@@ -2501,6 +2539,9 @@ def test_odd_images_are_predicted_or_told_in_one_line_each(tmp_path, monkeypatch
     out, errors = capsys.readouterr()
     assert [line.split(" is ")[0] for line in errors.splitlines()] == [f"error: {file}" for file in files[:2]]
     assert len(out.splitlines()) == 2 * len(kinds)
+    assert run_evaluate(monkeypatch, "predict", tmp_path / "net.pth", files[2], "--json") == 0
+    record = json.loads(capsys.readouterr().out)  # also one head is fused
+    assert record["fused"] == record["class"]
     assert r"new\nline é\x1b.png" in out and r"tab\there" in out
     assert run_evaluate(monkeypatch, "predict", tmp_path / "net.pth", tmp_path / "empty") == 2
     assert one_line(capsys) == f"error: there are no images below {tmp_path}/empty\n"
@@ -2543,6 +2584,13 @@ def test_every_word_has_an_example_in_its_help_and_on_a_page(monkeypatch, capsys
         assert run_evaluate(monkeypatch, word, "--help") == 0
         assert f"evaluate.py {word} " in capsys.readouterr().out.partition("examples:")[2]
         assert f"evaluate.py {word} " in text
+    runs, firsts = (run_train, run_finetune, run_evaluate), ("--data {", "--checkpoint C", "WORD\n")
+    for run, first, script in zip(runs, firsts, PROGRAMS, strict=True):
+        assert run(monkeypatch, "--help") == 0
+        told = capsys.readouterr().out.partition("\n")[2]  # behind the usage
+        examples, _, flags = told.partition("\n  " + first)
+        assert f" {script} " in examples and flags and "\n  --" not in examples
+        assert run is not run_train or "[8]" in flags  # the epochs of shapes
 
 
 # ---- README, docs/ and results/ ----
