@@ -153,6 +153,31 @@ class FolderSet:
                 raise UserError(f"{error}; training with --skip-broken leaves such files out") from error
             self.broken.add(self.paths[index])
 
+    def __getitem__(self, item: tuple) -> tuple[Tensor, Tensor, set] | UserError:
+        """A batch: of (indices, key, size) the crops (B, 3, S, S), labels (B,), and all `broken` so far.
+
+        A batch of training has others of its images in place of broken ones, one of evaluation is smaller.
+        Where none may be left out it is the UserError, which would lose its one line if a worker raised it.
+        """
+        (indices, key, size), crops, labels = item, [], []
+        # The smallest crop, 8 % of the area, has a quarter of a side or more: it fills the output
+        enough = None if key is None else 4 * size
+        # Repeated augmentation puts an image's repeats side by side: decode it once
+        for index, places in itertools.groupby(range(len(indices)), indices.__getitem__):
+            try:
+                image = self.read(index, enough)
+            except UserError as error:
+                return error
+            for place in places if image else ():
+                crops.append(crop_file(image, size, None if key is None else (*key, place)))
+                labels.append(self.labels[index])
+        if key is not None and len(crops) < len(indices):
+            if not crops:
+                return UserError(f"none of the images of a batch can be read; one is {min(self.broken)}")
+            crops, labels = ((part * len(indices))[: len(indices)] for part in (crops, labels))
+        images = torch.stack(crops) if crops else torch.empty(0, 3, size, size, dtype=torch.uint8)
+        return images, torch.tensor(labels, dtype=torch.int64), self.broken
+
 
 DataSet = ArraySet | FolderSet
 
@@ -372,37 +397,6 @@ def crop_file(image: Image.Image, size: int, key: tuple | None) -> Tensor:
     return to_tensor(image.crop((left, top, left + size, top + size)))
 
 
-class Crops(Dataset):
-    """Whole batches from files: item (indices, key) is images (B, 3, S, S), labels (B,), files left out.
-
-    A batch of training has others of its images in their place, one of evaluation is smaller. Where none may
-    be left out the item is the UserError itself, which would lose its one line if a worker raised it.
-    """
-
-    def __init__(self, data: FolderSet, size: int):
-        self.data, self.size = data, size
-
-    def __getitem__(self, item: tuple[list[int], tuple | None]) -> tuple[Tensor, Tensor, set] | UserError:
-        (indices, key), crops, labels = item, [], []
-        # The smallest crop, 8 % of the area, has a quarter of a side or more: it fills the output
-        enough = None if key is None else 4 * self.size
-        # Repeated augmentation puts an image's repeats side by side: decode it once
-        for index, places in itertools.groupby(range(len(indices)), indices.__getitem__):
-            try:
-                image = self.data.read(index, enough)
-            except UserError as error:
-                return error
-            for place in places if image else ():
-                crops.append(crop_file(image, self.size, None if key is None else (*key, place)))
-                labels.append(self.data.labels[index])
-        if key is not None and len(crops) < len(indices):
-            if not crops:
-                return UserError(f"none of the images of a batch can be read; one is {min(self.data.broken)}")
-            crops, labels = ((part * len(indices))[: len(indices)] for part in (crops, labels))
-        images = torch.stack(crops) if crops else torch.empty(0, 3, self.size, self.size, dtype=torch.uint8)
-        return images, torch.tensor(labels, dtype=torch.int64), self.data.broken
-
-
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
@@ -436,7 +430,8 @@ def load_batches(data: DataSet, plan: Iterable, s, device: torch.device) -> Iter
             yield images, data.labels[index]
         return
     options = dict(num_workers=s.workers_here(), worker_init_fn=leave_group, pin_memory=device.type == "cuda")
-    loader = DataLoader(Crops(data, s.img_size), sampler=plan, batch_size=None, **options)
+    items = ((indices, key, s.img_size) for indices, key in plan)
+    loader = DataLoader(data, sampler=items, batch_size=None, **options)
     for batch in start_workers(loader):
         if isinstance(batch, UserError):
             raise batch

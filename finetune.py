@@ -41,9 +41,7 @@ class FinetuneSettings(Settings):
     """The settings of training, and three more."""
 
     checkpoint: str = setting("", str, f"a file, a URL, or one of {', '.join(OFFICIAL)}", "fine-tuning")
-    recipe: str = setting(
-        "", ("short", "paper"), "a few epochs of AdamW, or the authors' settings, see below"
-    )
+    recipe: str = setting("", ("short", "paper"), "a few epochs of AdamW, or the authors' settings: above")
     train: str = setting("all", tuple(TRAINED), "what learns; attention: with position embeddings and heads")
 
 
@@ -78,9 +76,7 @@ SHOWN |= {
 def finetune_parser() -> Parser:
     """The flags of train.py with fine-tuning's own defaults, and three more."""
     listed = [", ".join(f"{name} {value}" for name, value in recipe.items()) for recipe in (HIGHER, TRANSFER)]
-    note = (
-        "[Values in brackets] are those of --recipe short. --recipe paper is, on the checkpoint's own data, "
-    )
+    note = "[Values in brackets] are --recipe short's. --recipe paper is, on the checkpoint's own data, "
     note += "; on other data, ".join(listed)
     return build_parser("finetune.py", __doc__, FinetuneSettings, SHOWN, note)
 
@@ -206,15 +202,11 @@ def main() -> None:
         s = finetune_settings(given, load_network(given["checkpoint"])[1])
         s = saved_run(given, s.out, FinetuneSettings) or s
     data, network = begin(s, device)
-    teacher = None
-    if LOSSES[s.distill].teacher:
-        teacher = load_teacher(s, data, device)
-        if teacher.img_size != s.img_size:
-            print0(
-                f"the teacher sees the images at its own {teacher.img_size} pixels; to bring it along first:"
-            )
-            print0(f"  python finetune.py --checkpoint {s.teacher_weights} --img-size {s.img_size} --out OUT")
-            print0("and name OUT/last.pth with --teacher-weights")
+    teacher = load_teacher(s, data, device) if LOSSES[s.distill].teacher else None
+    if teacher and teacher.img_size != s.img_size:
+        print0(f"the teacher sees the images at its own {teacher.img_size} pixels; to bring it along first:")
+        print0(f"  python finetune.py --checkpoint {s.teacher_weights} --img-size {s.img_size} --out OUT")
+        print0("and name OUT/last.pth with --teacher-weights")
     if not (s.resume and holds_run(s.out)):
         start_from(s, network, data, device)
     for name, parameter in network.named_parameters():

@@ -253,9 +253,7 @@ def check(s: Settings) -> None:
     if loss.token and not loss.teacher and not s.distilled:
         raise UserError(f"--distill {s.distill} needs a transformer and no --no-distill-token")
     if s.data == "shapes" and s.data_path != Settings.data_path:
-        raise UserError(
-            "--data-path has no use for --data shapes; for pictures of your own add --data folder"
-        )
+        raise UserError("--data-path has no use for shapes; for pictures of your own add --data folder")
     if s.data in ("folder", "imagenet") and not Path(s.data_path).is_dir():
         raise UserError(f"there is no folder {s.data_path}; name the data set's with --data-path")
     source = s.teacher_weights

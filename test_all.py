@@ -2264,7 +2264,7 @@ MISTAKES = {
     "--batch-size 65": "is more than an epoch's 64 images",
     "--epochs 3 --warmup-epochs 3": "--warmup-epochs must be less than --epochs, 3",
     "--data folder --data-path nowhere": "there is no folder nowhere; name the data set's with --data-path",
-    "--data-path empty": "has no use for --data shapes; for pictures of your own add --data folder",
+    "--data-path empty": "has no use for shapes; for pictures of your own add --data folder",
     "--data folder --data-path notes.txt": "there is no folder notes.txt",
     "--data folder --data-path empty": "there is no folder empty/train; --data-path must hold train/CLASS/*",
     "--distill label --no-distill-token": "needs a transformer and no --no-distill-token",
