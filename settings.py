@@ -2,7 +2,7 @@
 
 A first reading needs the table below and RECIPES. Each setting is a flag of train.py and finetune.py, and its
 default is the paper's value for ImageNet (Table 9). A run's settings are the flags given, over its data set's
-recipe, over these defaults; they are printed and kept in the run's settings.json.
+recipe, over these defaults; they are kept in the run's settings.json, and those that play a part are printed.
 """
 
 import argparse
