@@ -1,8 +1,9 @@
 """Files that hold weights or runs: ours, the authors', torchvision's. A first reading can skip this file.
 
 A checkpoint is read without running any code in it. A run's directory has `last.pth`, the one before it as
-`previous.pth`, `best.pth`, `log.jsonl` (one line an epoch) and `settings.json`. Every file is written under a
-temporary name and renamed when it is whole, so a program killed at any time leaves whole files.
+`previous.pth`, `best.pth` (without the optimizer, which nobody resumes from it), `log.jsonl` (one line an
+epoch) and `settings.json`. Every file is written under a temporary name and renamed when it is whole, so a
+program killed at any time leaves whole files.
 """
 
 import hashlib
@@ -11,7 +12,6 @@ import math
 import os
 import pickle
 import re
-import shutil
 import urllib.error
 import urllib.parse
 import zipfile
@@ -279,41 +279,32 @@ class Run:
             raise UserError(f"the loss became infinite or NaN {steps}; {kept}; try a lower --lr")
         self.checked = self.step
 
+    def weights(self) -> dict:
+        """All that is not for resuming alone."""
+        ema = None if self.ema is None else self.ema.module.state_dict()
+        return {"model": self.network.state_dict(), "ema": ema, "settings": self.settings}
+
     def save(self) -> None:
         """Writes last.pth from rank 0, after all processes have seen that all is finite."""
         loss_sum = all_reduce(self.loss_sum.clone())
         self.check_finite(loss_sum, *self.network.parameters())
-        contents = {
-            "model": self.network.state_dict(),
-            "ema": None if self.ema is None else self.ema.module.state_dict(),
-            "optimizer": self.optimizer.state_dict(),
-            "scaler": self.scaler.state_dict(),
-            "progress": {
-                "step": self.step,
-                "log": self.log,
-                "loss_sums": [loss_sum.item()],
-                "per_epoch": self.steps_per_epoch,
-            },
-            "settings": self.settings,
-        }
+        progress = {"step": self.step, "log": self.log, "per_epoch": self.steps_per_epoch}
+        progress["loss_sums"] = [loss_sum.item()]
+        parts = {"optimizer": self.optimizer.state_dict(), "scaler": self.scaler.state_dict()}
+        contents = self.weights() | parts | {"progress": progress}
         if rank() == 0:
             last = self.out / "last.pth"
             atomic_save(last, lambda file: torch.save(contents, file), previous=self.out / "previous.pth")
 
     def end_epoch(self, record: dict, best: bool) -> None:
-        """Adds the epoch's record to the log; last.pth becomes best.pth too if it is the best so far."""
+        """Adds the epoch's record to the log; writes best.pth if it is the best so far."""
         self.log.append(record)
         self.loss_sum.zero_()
         if rank() > 0:
             return
         if best:  # before the log says so
-            linked = self.out / "best.pth.partial"
-            linked.unlink(missing_ok=True)
-            try:
-                os.link(self.out / "last.pth", linked)
-            except OSError:  # a file system without hard links
-                shutil.copyfile(self.out / "last.pth", linked)
-            os.replace(linked, self.out / "best.pth")
+            contents = self.weights() | {"progress": {"step": self.step, "log": self.log}}
+            atomic_save(self.out / "best.pth", lambda file: torch.save(contents, file))
         text = "".join(json.dumps(record) + "\n" for record in self.log)
         atomic_save(self.out / "log.jsonl", lambda file: file.write(text.encode()))
 

@@ -11,6 +11,7 @@ import itertools
 import json
 import os
 import random
+import re
 import signal
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
@@ -26,7 +27,7 @@ from torch.utils.data import DataLoader, Dataset
 
 import augment
 from augment import center_crop, keyed_generator, pad_and_crop, random_boxes, random_crop, to_device
-from launch import UserError, main_process_first, rank, world_size
+from launch import UserError, main_process_first, print0, rank, world_size
 
 # ---- shapes: ten classes drawn by the program itself ----
 
@@ -144,6 +145,40 @@ class FolderSet:
     def keep(self, indices: list[int]) -> None:
         self.paths, self.labels = [self.paths[i] for i in indices], [self.labels[i] for i in indices]
 
+    def read(self, index: int, enough: int | None = None) -> Image.Image | None:
+        """A picture as `read_image` gives it; None for one that is left out, and then in `broken`."""
+        try:
+            return read_image(self.paths[index], enough)
+        except UserError as error:
+            if not self.skip_broken:
+                raise UserError(f"{error}; training with --skip-broken leaves such files out") from error
+            self.broken.add(self.paths[index])
+
+    def __getitem__(self, item: tuple) -> tuple[Tensor, Tensor, set] | UserError:
+        """A batch: of (indices, key, size) the crops (B, 3, S, S), labels (B,), and all `broken` so far.
+
+        A batch of training has others of its images in place of broken ones, one of evaluation is smaller.
+        Where none may be left out it is the UserError, which would lose its one line if a worker raised it.
+        """
+        (indices, key, size), crops, labels = item, [], []
+        # The smallest crop, 8 % of the area, has a quarter of a side or more: it fills the output
+        enough = None if key is None else 4 * size
+        # Repeated augmentation puts an image's repeats side by side: decode it once
+        for index, places in itertools.groupby(range(len(indices)), indices.__getitem__):
+            try:
+                image = self.read(index, enough)
+            except UserError as error:
+                return error
+            for place in places if image else ():
+                crops.append(crop_file(image, size, None if key is None else (*key, place)))
+                labels.append(self.labels[index])
+        if key is not None and len(crops) < len(indices):
+            if not crops:
+                return UserError(f"none of the images of a batch can be read; one is {min(self.broken)}")
+            crops, labels = ((part * len(indices))[: len(indices)] for part in (crops, labels))
+        images = torch.stack(crops) if crops else torch.empty(0, 3, size, size, dtype=torch.uint8)
+        return images, torch.tensor(labels, dtype=torch.int64), self.broken
+
 
 DataSet = ArraySet | FolderSet
 
@@ -244,49 +279,71 @@ def read_image(path: str | Path, enough: int | None = None) -> Image.Image:
         raise UserError(f"{path} is not a readable image: {' '.join(str(error).split())}") from error
 
 
+HIDDEN = re.compile(r"[/\\](\.|__MACOSX)")  # .DS_Store, .ipynb_checkpoints, ._cat.jpg and the like
+
+
+def subfolders(folder: Path) -> list[str]:
+    return sorted(p.name for p in folder.glob("*") if p.is_dir() and not HIDDEN.match(f"/{p.name}"))
+
+
+def find_images(folder: Path) -> tuple[list[str], list[str]]:
+    """All images below a folder, sorted, and the other files there; their endings tell them apart."""
+    found = (os.path.join(at, name) for at, _, names in os.walk(folder, followlinks=True) for name in names)
+    files = sorted(path for path in found if not HIDDEN.search(path, len(str(folder))))
+    images = [path for path in files if path.lower().endswith(torchvision.datasets.folder.IMG_EXTENSIONS)]
+    return images, sorted(set(files) - set(images))
+
+
 HELD_BYTES = 2**30  # a set of equally large images that needs less than this is held whole
+LIKE = {"train": ("train", "training"), "val": ("val", "valid", "validation", "test", "testing")}
 
 
 def open_folder(root: Path, split: str, skip_broken: bool = False) -> DataSet:
     """The images in ROOT/SPLIT/CLASS/*: held if they are all of one size and small together, else streamed.
 
     The classes of `val` are those of ROOT/train, if there is one; it may lack some. In `train` none is empty.
+    Without a ROOT/val a tenth of `train` takes its place, which depends on nothing but the files' names.
     """
-    folder = root / split
-    if not folder.is_dir():
-        raise UserError(f"there is no folder {folder}; --data-path must hold train/CLASS/*, val/CLASS/*")
-    try:
-        found = torchvision.datasets.ImageFolder(folder, allow_empty=True)
-        of_train = split == "val" and (root / "train").is_dir()
-        classes = torchvision.datasets.folder.find_classes(root / "train" if of_train else folder)[0]
-    except OSError as error:
-        raise UserError(f"no images in class folders below {folder}: {error}") from error
-    if odd := sorted(set(found.classes) - set(classes)):
+    there, held_out = subfolders(root), split in LIKE and not (root / "val").is_dir()
+    folder = root / ("train" if held_out else split)
+    like = [root / name for name in there if name.lower() in LIKE.get(split, ())]
+    if not (root / split).is_dir() and (like or "train" not in there):
+        remedy = f"move the class folders {', '.join(there[:9])} into it" if there else ""
+        remedy = f"rename {like[0]}" if like else remedy or "--data-path must hold train/CLASS/*, val/CLASS/*"
+        raise UserError(f"there is no folder {root / split}; {remedy}")
+    names = subfolders(folder)
+    classes = (split == "val" and subfolders(root / "train")) or names
+    if odd := sorted(set(names) - set(classes)):
         raise UserError(f"there is the class {odd[0]!r}, which train has not, in {folder}")
-    if not found.samples:
-        raise UserError(f"there are no images in {folder}")
-    paths = [path for path, _ in found.samples]
-    numbers = [classes.index(name) for name in found.classes]
-    labels = [numbers[label] for _, label in found.samples]
-    if split == "train" and (empty := set(range(len(classes))) - set(labels)):
+    data, others = FolderSet([], [], classes, skip_broken), []
+    for name in names:
+        images, rest = find_images(folder / name)
+        if held_out:  # the 2nd, 12th, 22nd and so on: one at least of every class that can spare it
+            images = [path for i, path in enumerate(images) if (i % 10 == 1) == (split == "val")]
+        data.paths += images
+        data.labels += [classes.index(name)] * len(images)
+        others += rest
+    if held_out and split == "val":
+        print0(f"there is no {root / 'val'}: {len(data)} images of train are held out and take its place")
+    elif others:
+        endings = ", ".join(sorted({os.path.splitext(path)[1].lower() or "none" for path in others}))
+        print0(f"left out of {folder}: {len(others)} files that are no images by their ending ({endings})")
+    if not data.paths:
+        raise UserError(f"there are no images for {split} in class folders below {folder}")
+    if split == "train" and (empty := set(range(len(classes))) - set(data.labels)):
         raise UserError(f"there is no image in {folder / classes[min(empty)]}")
-    streamed = FolderSet(paths, labels, classes, skip_broken)
-    images, kept, broken = [], [], set()
-    for path, label in zip(paths, labels, strict=True):
-        try:
-            image = to_tensor(read_image(path))
-        except UserError:
-            if not skip_broken:
-                raise
-            broken.add(path)
-            continue
-        if len(paths) * image.numel() > HELD_BYTES or (images and image.shape != images[0].shape):
-            return streamed
-        images.append(image)
-        kept.append(label)
+    if split == "train" and len(classes) == 1:
+        raise UserError(f"a network of one class learns nothing, and {folder} has only {classes[0]!r}")
+    images, kept = [], []
+    for index, label in enumerate(data.labels):
+        if image := data.read(index):
+            images.append(to_tensor(image))
+            kept.append(label)
+            if len(data) * images[0].numel() > HELD_BYTES or images[-1].shape != images[0].shape:
+                return data
     if not images:
         raise UserError(f"none of the images in {folder} can be read")
-    return ArraySet(torch.stack(images), torch.tensor(kept), classes, broken)
+    return ArraySet(torch.stack(images), torch.tensor(kept), classes, data.broken)
 
 
 SHAPES_COUNT = {"train": 8000, "val": 2000}
@@ -351,41 +408,6 @@ def crop_file(image: Image.Image, size: int, key: tuple | None) -> Tensor:
     return to_tensor(image.crop((left, top, left + size, top + size)))
 
 
-class Crops(Dataset):
-    """Whole batches from files: item (indices, key) is images (B, 3, S, S), labels (B,), files left out.
-
-    A batch of training has others of its images in their place, one of evaluation is smaller. Where none may
-    be left out the item is the UserError itself, which would lose its one line if a worker raised it.
-    """
-
-    def __init__(self, data: FolderSet, size: int):
-        self.data, self.size = data, size
-
-    def __getitem__(self, item: tuple[list[int], tuple | None]) -> tuple[Tensor, Tensor, list] | UserError:
-        indices, key = item
-        crops, labels, broken, last, image = [], [], [], None, None
-        for place, index in enumerate(indices):
-            if index != last:  # repeated augmentation puts an image's repeats side by side: decode it once
-                last, image = index, None
-                try:
-                    # The smallest crop, 8 % of the area, has a quarter of a side or more: it fills the output
-                    enough = None if key is None else 4 * self.size
-                    image = read_image(self.data.paths[index], enough)
-                except UserError as error:
-                    if not self.data.skip_broken:
-                        return error
-                    broken.append(self.data.paths[index])
-            if image is not None:
-                crops.append(crop_file(image, self.size, None if key is None else (*key, place)))
-                labels.append(self.data.labels[index])
-        if key is not None and broken:
-            if not crops:
-                return UserError(f"none of the images of a batch can be read; one is {broken[0]}")
-            crops, labels = ((part * len(indices))[: len(indices)] for part in (crops, labels))
-        images = torch.stack(crops) if crops else torch.empty(0, 3, self.size, self.size, dtype=torch.uint8)
-        return images, torch.tensor(labels, dtype=torch.int64), broken
-
-
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
@@ -419,7 +441,8 @@ def load_batches(data: DataSet, plan: Iterable, s, device: torch.device) -> Iter
             yield images, data.labels[index]
         return
     options = dict(num_workers=s.workers_here(), worker_init_fn=leave_group, pin_memory=device.type == "cuda")
-    loader = DataLoader(Crops(data, s.img_size), sampler=plan, batch_size=None, **options)
+    items = ((indices, key, s.img_size) for indices, key in plan)
+    loader = DataLoader(data, sampler=items, batch_size=None, **options)
     for batch in start_workers(loader):
         if isinstance(batch, UserError):
             raise batch

@@ -46,8 +46,10 @@ from data import (
     crop_file,
     draw_shapes,
     eval_batches,
+    find_images,
     load_data,
     read_image,
+    subfolders,
     to_tensor,
 )
 from distill import label_loss, load_network
@@ -109,7 +111,8 @@ def open_val(network: nn.Module, s: Settings, arguments: Namespace) -> tuple[Dat
         s.data, s.data_path = arguments.data or s.data, arguments.data_path or s.data_path
     (data,) = load_data(s, arguments.device, (split,))
     indices = torch.tensor(class_indices(network.source, network, network.num_classes, data.classes))
-    called = Path(s.data_path) / split if s.data in ("imagenet", "folder") else s.data
+    called = Path(s.data_path) / split
+    called = called if s.data in ("imagenet", "folder") and called.is_dir() else s.data
     return data, indices[torch.as_tensor(data.labels).cpu()], called
 
 
@@ -146,12 +149,12 @@ def real_labels(path: str, root: str | Path) -> list[list[int]]:
 
     The file is a list of lists of class indices, one for each ILSVRC2012_val_00000001.JPEG and so on.
     """
-    if not isinstance(root, Path):
+    if not (isinstance(root, Path) and root.is_dir()):
         raise UserError(f"--real is about ImageNet's validation files, not {root}")
-    files = torchvision.datasets.ImageFolder(root, allow_empty=True).samples
+    files = [path for name in subfolders(root) for path in find_images(root / name)[0]]
     try:
         labels = json.loads(Path(path).read_bytes())
-        numbers = [int(re.fullmatch(r"ILSVRC2012_val_(\d+)", Path(file).stem)[1]) for file, _ in files]
+        numbers = [int(re.fullmatch(r"ILSVRC2012_val_(\d+)", Path(file).stem)[1]) for file in files]
         return [[int(label) for label in labels[number - 1]] for number in numbers]
     except (OSError, ValueError, TypeError, LookupError) as error:
         raise UserError(f"{path} and ImageNet's validation files, ILSVRC2012_val_*, do not fit") from error
@@ -391,9 +394,7 @@ def image_paths(words: list[str]) -> Iterator[str]:
         if word == "-":
             yield from (os.fsdecode(line.rstrip(b"\r\n")) for line in sys.stdin.buffer if line.strip())
         elif Path(word).is_dir():
-            endings = torchvision.datasets.folder.IMG_EXTENSIONS
-            found = sorted(str(path) for path in Path(word).rglob("*") if path.suffix.lower() in endings)
-            if not found:
+            if not (found := find_images(Path(word))[0]):
                 raise UserError(f"there are no images below {word}")
             yield from found
         else:
@@ -405,6 +406,7 @@ def predict(arguments: Namespace) -> None:
 
     An image that cannot be read is told on standard error; the others go on, and the exit code is 2 at the
     end. With --json a line of JSON an image: {"image": path, head: [{"name": class, "probability": p}, ...]}.
+    `fused` is always among the heads; of a network with one head it is that one's.
     """
     network, s = open_network(arguments.checkpoint, arguments)
     names, failed = class_names(network), False
@@ -424,7 +426,7 @@ def predict(arguments: Namespace) -> None:
             pairs = zip(top.indices.tolist(), top.values.tolist(), strict=True)
             found[head] = [{"name": names[label], "probability": share} for label, share in pairs]
         if arguments.json:
-            print(json.dumps({"image": path} | found), flush=True)
+            print(json.dumps({"image": path, "fused": found["class"]} | found), flush=True)
             continue
         print(printable(path))
         for head, top in found.items():
@@ -486,14 +488,13 @@ WORDS = {
 
 
 def main() -> None:
-    head, _, tail = __doc__.partition("\n")
     raw = dict(allow_abbrev=False, formatter_class=RawDescriptionHelpFormatter)
-    parser = Parser(prog="evaluate.py", description=head, epilog=f"examples:{tail}", **raw)
+    parser = Parser(prog="evaluate.py", description=__doc__, **raw)
     words = parser.add_subparsers(dest="word", required=True, metavar="WORD")
     for act, options in WORDS.items():
-        examples = [line for line in tail.splitlines() if f"evaluate.py {act.__name__} " in line]
-        more = dict(description=(text := inspect.getdoc(act)), epilog="\n".join(["examples:", *examples]))
-        word = words.add_parser(act.__name__, help=text.splitlines()[0], **more, **raw)
+        examples = [line for line in __doc__.splitlines() if f"evaluate.py {act.__name__} " in line]
+        text, about = inspect.getdoc(act), "\n".join(["examples:", *examples, "", inspect.getdoc(act)])
+        word = words.add_parser(act.__name__, help=text.splitlines()[0], description=about, **raw)
         word.set_defaults(act=act)
         word.add_argument("--device", choices=DEVICES, default="auto", help="[auto]")
         for name, option in options.items():

@@ -29,7 +29,7 @@ from distill import LOSSES, load_network
 from launch import UserError, init, print0, run_program, user_errors
 from model import SIZES, DeiT, check_fit, load_weights
 from settings import PAPER, Parser, Settings, build_parser, complete, saved_run, setting
-from train import DataSets, accuracy_line, begin, build_network, evaluate, finish, load_teacher, train
+from train import DataSets, accuracy_line, begin, evaluate, finish, load_teacher, train
 
 # What --train lets learn: parameters with one of these in their names. With the attention go the position
 # embeddings, which may just have been resized; they also move the tokens they are added to.
@@ -41,9 +41,7 @@ class FinetuneSettings(Settings):
     """The settings of training, and three more."""
 
     checkpoint: str = setting("", str, f"a file, a URL, or one of {', '.join(OFFICIAL)}", "fine-tuning")
-    recipe: str = setting(
-        "", ("short", "paper"), "a few epochs of AdamW, or the authors' settings, see below"
-    )
+    recipe: str = setting("", ("short", "paper"), "a few epochs of AdamW, or the authors' settings: above")
     train: str = setting("all", tuple(TRAINED), "what learns; attention: with position embeddings and heads")
 
 
@@ -78,11 +76,9 @@ SHOWN |= {
 def finetune_parser() -> Parser:
     """The flags of train.py with fine-tuning's own defaults, and three more."""
     listed = [", ".join(f"{name} {value}" for name, value in recipe.items()) for recipe in (HIGHER, TRANSFER)]
-    note = (
-        "[Values in brackets] are those of --recipe short. --recipe paper is, on the checkpoint's own data, "
-    )
+    note = "[Values in brackets] are --recipe short's. --recipe paper is, on the checkpoint's own data, "
     note += "; on other data, ".join(listed)
-    return build_parser("finetune.py", __doc__.splitlines()[0], FinetuneSettings, SHOWN, note)
+    return build_parser("finetune.py", __doc__, FinetuneSettings, SHOWN, note)
 
 
 def last_run() -> str:
@@ -185,7 +181,9 @@ def start_from(s: FinetuneSettings, network: nn.Module, data: DataSets, device: 
         raise UserError(f"{text}, and this recipe is too gentle for new heads; use --recipe short")
     if keep_heads:
         low = replace(s, img_size=original.img_size)
-        before = evaluate(original, load_data(low, device, ("val",))[0], low, device)
+        # only shapes are drawn at the image size
+        val = load_data(low, device, ("val",))[0] if s.data == "shapes" else data[1]
+        before = evaluate(original, val, low, device)
         print0(f"before, at {low.img_size} pixels: {accuracy_line(before)}")
     done = adapt(original.state_dict(), network, keep_heads)
     print0(f"{s.checkpoint}: {'; '.join(done) or 'taken as it is'}")
@@ -203,17 +201,12 @@ def main() -> None:
         given["checkpoint"] = given.get("checkpoint") or last_run()
         s = finetune_settings(given, load_network(given["checkpoint"])[1])
         s = saved_run(given, s.out, FinetuneSettings) or s
-    data = begin(s, device)
-    teacher = None
-    if LOSSES[s.distill].teacher:
-        teacher = load_teacher(s, data, device)
-        if teacher.img_size != s.img_size:
-            print0(
-                f"the teacher sees the images at its own {teacher.img_size} pixels; to bring it along first:"
-            )
-            print0(f"  python finetune.py --checkpoint {s.teacher_weights} --img-size {s.img_size} --out OUT")
-            print0("and name OUT/last.pth with --teacher-weights")
-    network = build_network(s, len(data[0].classes))
+    data, network = begin(s, device)
+    teacher = load_teacher(s, data, device) if LOSSES[s.distill].teacher else None
+    if teacher and teacher.img_size != s.img_size:
+        print0(f"the teacher sees the images at its own {teacher.img_size} pixels; to bring it along first:")
+        print0(f"  python finetune.py --checkpoint {s.teacher_weights} --img-size {s.img_size} --out OUT")
+        print0("and name OUT/last.pth with --teacher-weights")
     if not (s.resume and holds_run(s.out)):
         start_from(s, network, data, device)
     for name, parameter in network.named_parameters():

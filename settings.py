@@ -2,7 +2,7 @@
 
 A first reading needs the table below and RECIPES. Each setting is a flag of train.py and finetune.py, and its
 default is the paper's value for ImageNet (Table 9). A run's settings are the flags given, over its data set's
-recipe, over these defaults; they are printed and kept in the run's settings.json.
+recipe, over these defaults; they are kept in the run's settings.json, and those that play a part are printed.
 """
 
 import argparse
@@ -161,8 +161,9 @@ def complete(given: dict, recipe: dict | None = None, kind: type = Settings):
 
 # ---- Flags ----
 
-PAPER = asdict(Settings())
-NOTE = "The value in [brackets] is the paper's for ImageNet; a data set's recipe may have another."
+PAPER, BARE = asdict(Settings()), asdict(complete({}))
+NOTE = "[Values in brackets] are those of bare `python train.py`, the recipe of shapes; other data sets have "
+NOTE += "other recipes (RECIPES in settings.py), --data imagenet the paper's."
 
 
 class Parser(argparse.ArgumentParser):
@@ -171,15 +172,22 @@ class Parser(argparse.ArgumentParser):
     def error(self, message: str) -> None:
         # argparse quotes a wrong choice and names a wrong flag, and then lists what there is
         wrong = re.search(r"invalid choice: '(.*?)'|unrecognized arguments: ([\w-]+)", message)
-        known = re.findall(r"--[\w-]+", self.format_help()) + re.findall(r"[\w-]+", message.partition("(")[2])
+        known = [*self._option_string_actions, *re.findall(r"[\w-]+", message.partition("(")[2])]
         hint = did_you_mean(wrong[1] or wrong[2], known) if wrong else ""
+        if "--data:" in message and wrong and os.path.isdir(wrong[1] or ""):
+            hint = f"; for pictures in a folder: --data folder --data-path {wrong[1]}"
         raise UserError(f"{message}{hint}; see {self.prog} --help")
 
 
-def build_parser(prog: str, description: str, kind: type = Settings, shown: dict = PAPER, note: str = NOTE):
-    """The flags of a class of settings, each with its value in `shown`; only those given are parsed."""
-    parser = group = Parser(prog=prog, description=description, epilog=note, allow_abbrev=False)
-    for one in fields(kind):
+def build_parser(prog: str, doc: str, kind: type = Settings, shown: dict = BARE, note: str = NOTE):
+    """The flags of a class of settings, its own first, each with its value in `shown`.
+
+    Only those given are parsed. In front are two paragraphs of a program's `doc`: what it is, and examples.
+    """
+    text = "\n\n".join([*doc.split("\n\n")[:2], textwrap.fill(note, 110)])
+    raw = dict(allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = group = Parser(prog=prog, description=text, usage="%(prog)s [--FLAG VALUE ...]", **raw)
+    for one in sorted(fields(kind), key=lambda one: one.name in PAPER):
         allowed, text = one.metadata["allowed"], one.metadata["meaning"]
         if one.metadata["group"]:
             group = parser.add_argument_group(one.metadata["group"])
@@ -231,8 +239,9 @@ def saved_run(given: dict, out: str, kind: type = Settings):
     for name in sorted(given.keys() - ADJUSTABLE):
         own = saved.get(name, getattr(kind, name))
         if given[name] != own:
+            more = f", or train on from its end: finetune.py --checkpoint {out}" if name == "epochs" else ""
             flag = "--" + name.replace("_", "-")
-            raise UserError(f"the run in {out} has {flag} {own}, not {given[name]}; leave the flag out")
+            raise UserError(f"the run in {out} has {flag} {own}, not {given[name]}; leave the flag out{more}")
     return from_saved(saved, kind, **{"overwrite": False} | given)
 
 
@@ -249,9 +258,7 @@ def check(s: Settings) -> None:
     if loss.token and not loss.teacher and not s.distilled:
         raise UserError(f"--distill {s.distill} needs a transformer and no --no-distill-token")
     if s.data == "shapes" and s.data_path != Settings.data_path:
-        raise UserError(
-            "--data-path has no use for --data shapes; for pictures of your own add --data folder"
-        )
+        raise UserError("--data-path has no use for shapes; for pictures of your own add --data folder")
     if s.data in ("folder", "imagenet") and not Path(s.data_path).is_dir():
         raise UserError(f"there is no folder {s.data_path}; name the data set's with --data-path")
     source = s.teacher_weights
@@ -301,7 +308,17 @@ def start_run(s: Settings) -> None:
 
 
 def describe(s: Settings) -> None:
-    """Prints all settings that a run uses."""
-    text = "  ".join(f"{name}={value}" for name, value in asdict(s).items())
+    """Prints the settings that play a part in a run; `start_run` keeps all of them."""
+    parts = {
+        "teacher teacher_weights teacher_epochs": LOSSES[s.distill].teacher,
+        "tau lam": s.distill == "soft",
+        "no_distill_token": LOSSES[s.distill].token and s.model in SIZES,
+        "depth dropout drop_path": s.model in SIZES,
+        "patch_size": SIZES.keys() & {s.model, s.teacher},
+        "warmup_lr": s.warmup_epochs,
+        "data_path skip_broken workers": s.data != "shapes",
+    }
+    idle = " ".join(names for names, part in parts.items() if not part).split()
+    text = "  ".join(f"{name}={value}" for name, value in asdict(s).items() if name not in idle)
     options = dict(break_long_words=False, break_on_hyphens=False, initial_indent="  ")
     print0(textwrap.fill(text, 110, subsequent_indent="  ", **options))

@@ -146,7 +146,7 @@ def fork_two(main, words, told=os.devnull):
 def run_with(fault=None, main=train.main):
     """A program with a fault (what, when, signal): the signal comes at the when-th of all calls of what."""
     places = {"step": (train, "learning_rate"), "write": (os, "fsync"), "rename": (os, "replace")}
-    places |= {"evaluation": (train, "fuse"), "teacher": (train, "create_teacher"), "link": (os, "link")}
+    places |= {"evaluation": (train, "fuse"), "teacher": (train, "create_teacher")}
     if fault:
         (what, when, number), calls = fault, itertools.count(1)
         plain = getattr(*places[what])
@@ -193,10 +193,16 @@ def equal(one, two):
 
 
 def same_run(one, two):
-    """Whether two runs ended with the same weights, average, optimizer, scaler and log, bit for bit."""
+    """Whether two runs ended with the same weights, average, optimizer, scaler and log, bit for bit.
+
+    Only the times in their logs differ, as those of one computation on two days do.
+    """
     first, second = saved(one), saved(two)
+    logs = [checkpoint.read_log(Path(out)) for out in (one, two)]
+    for log in (*logs, first["progress"]["log"], second["progress"]["log"]):
+        assert all(record.pop("seconds") >= 0 and record.pop("images_per_second") >= 0 for record in log)
+    assert logs[0] == logs[1]
     assert (first["progress"], first["scaler"]) == (second["progress"], second["scaler"])
-    assert (Path(one) / "log.jsonl").read_bytes() == (Path(two) / "log.jsonl").read_bytes()
     assert equal(first["model"], second["model"]) and equal(first["ema"] or {}, second["ema"] or {})
     moments = [contents["optimizer"]["state"] for contents in (first, second)]
     return all(equal(state, moments[1][key]) for key, state in moments[0].items())
@@ -1215,9 +1221,10 @@ def test_accuracy_is_the_share_of_right_images_on_one_process_and_on_two(insects
 
 
 @pytest.mark.parametrize("sizes", [[(20, 20)], [(20, 30), (30, 20)]], ids=["held", "streamed"])
-def test_evaluate_repeats_the_accuracy_that_training_ended_with(tmp_path, monkeypatch, capsys, sizes):
-    write_folder(tmp_path / "data", sizes)
-    (tmp_path / "data/val/bee/3.png").write_bytes(b"no picture")
+@pytest.mark.parametrize("split", ["val", "train"])
+def test_evaluate_repeats_the_accuracy_that_training_ended_with(tmp_path, monkeypatch, capsys, sizes, split):
+    write_folder(tmp_path / "data", sizes, splits={"train", split})
+    (tmp_path / f"data/{split}/bee/3.png").write_bytes(b"no picture")
     words = QUICK | {"data": "folder", "data_path": tmp_path / "data", "limit": 11, "batch_size": 4}
     words |= {"distill": "label", "skip_broken": True, "workers": 0, "out": tmp_path / "run"}
     assert run_train(monkeypatch, *flags(words)) == 0
@@ -1227,7 +1234,11 @@ def test_evaluate_repeats_the_accuracy_that_training_ended_with(tmp_path, monkey
         assert run_evaluate(monkeypatch, word, tmp_path / run, "--device", "cpu") == 0
     told = capsys.readouterr().out
     assert f"  top-1  {train.accuracy_line(ended)}\n" in told
-    assert told.count(f"{10 if len(sizes) > 1 else 11} images of") == 2
+    if split == "train":  # without val the second, twelfth and so on image of each class is held out of train
+        assert told.count(f"there is no {tmp_path}/data/val: 2 images of train are held out") == 2
+        assert told.count("2 images of folder\n") == told.count("2 images of folder that") == 1
+    else:
+        assert told.count(f"{10 if len(sizes) > 1 else 11} images of") == 2
 
 
 def test_imagenet_real_takes_any_of_an_images_labels_and_skips_images_without(insects, output):
@@ -1580,7 +1591,7 @@ def test_broken_images_are_named_or_left_out_and_counted(folder):
     for path in bad:
         Path(path).write_bytes(b"no picture")
     for workers in (0, 2):
-        with pytest.raises(UserError, match=r"^[^\n]*bee/[23]\.png is not a readable image[^\n]*$"):
+        with pytest.raises(UserError, match=r"bee/[23]\.png is not a readable image: [^\n]*--skip-broken"):
             collect(load("folder", folder, 24)[0], 3, workers=workers)
     train_set, val_set = load("folder", folder, 24, skip_broken=True)
     batches = collect(train_set, 2, batch_size=5, workers=2)
@@ -1599,9 +1610,9 @@ def test_folders_that_make_no_data_set_are_refused(tmp_path):
     steps = {
         "the class 'cow', which train has not": lambda: (val / "cow").mkdir(),
         "there is no image in .*train/cow": lambda: (val / "cow").rename(train / "cow"),
-        "there are no images in .*train": lambda: [path.unlink() for path in tmp_path.rglob("*.png")],
-        "no images in class folders below": lambda: [path.rmdir() for path in train.iterdir()],
-        "there is no folder .*train; --data-path": train.rmdir,
+        "there are no images for train in class": lambda: [path.unlink() for path in tmp_path.rglob("*.png")],
+        "no images for train in class folders below": lambda: [path.rmdir() for path in train.iterdir()],
+        "there is no folder .*train; --data-path": lambda: (train.rmdir(), shutil.rmtree(val)),
     }
     for message, change in steps.items():
         change()
@@ -1609,6 +1620,33 @@ def test_folders_that_make_no_data_set_are_refused(tmp_path):
             load("folder", tmp_path, 8)
     with pytest.raises(UserError, match="8000 shapes of 1024 pixels are more than 8 GiB"):
         load("shapes", "", 1024)
+
+
+@pytest.mark.parametrize("name", ["folder", "imagenet"])
+def test_own_pictures_are_left_out_loudly_and_what_is_to_be_renamed_is_told(tmp_path, capsys, name):
+    train_path, val = write_folder(tmp_path, HELD) / "train", tmp_path / "val"
+    touch(train_path, "ant/1.HEIC", "ant/deep/2.gif", "ant/.DS_Store", "ant/._1.png", "__MACOSX/ant/1.png")
+    touch(train_path, ".ipynb_checkpoints/1.png", "bee/.ipynb_checkpoints/1.png")
+    (train_set, _), told = load(name, tmp_path, 24), capsys.readouterr().out
+    assert (train_set.classes, len(train_set)) == (["ant", "bee"], 12)
+    text = f"left out of {train_path}: 2 files that are no images by their ending (.gif, .heic)\n"
+    assert told == text
+    for other in ("test", "valid", "validation", "Val"):
+        val = val.rename(tmp_path / other)
+        with pytest.raises(UserError, match=f"there is no folder {tmp_path}/val; rename {val}$"):
+            load(name, tmp_path, 24)
+    with pytest.raises(UserError, match="no folder .*/train/train; move the class folders ant, bee into it"):
+        load(name, train_path, 24)
+    shutil.rmtree(val)
+    for n in range(6, 15):
+        shutil.copy(train_path / "bee/0.png", train_path / f"bee/{n}.png")
+    for path in list(train_path.glob("ant/?.png"))[1:]:
+        path.unlink()
+    sizes = [part.labels.bincount(minlength=2).tolist() for part in load(name, tmp_path, 24)]
+    assert sizes == [[1, 13], [0, 2]]  # one stays, of 15 the second and the twelfth in order are held out
+    shutil.rmtree(train_path / "bee")
+    with pytest.raises(UserError, match="a network of one class learns nothing, and .*train has only 'ant'"):
+        load(name, tmp_path, 24)
 
 
 def test_a_validation_set_may_lack_a_class_and_keeps_trains_labels(folder):
@@ -1700,7 +1738,7 @@ def unhurt(tmp_path_factory):
     return out / "run"
 
 
-KILLS = {"step": (3, 8, 14), "write": (2, 11), "rename": (12, 13), "link": (1, 3), "evaluation": (2,)}
+KILLS = {"step": (3, 8, 14), "write": (2, 11, 12), "rename": (12, 13, 15), "evaluation": (2,)}
 FAULTS = [(what, when, signal.SIGKILL) for what, times in KILLS.items() for when in times]
 FAULTS += [("step", 11, signal.SIGTERM), ("evaluation", 1, signal.SIGINT), ("teacher", 1, signal.SIGKILL)]
 
@@ -1770,9 +1808,10 @@ def test_a_run_goes_on_with_its_own_settings_or_is_written_over_when_told_to(tmp
         output(run_train, *flags(again | changed))
         kept = json.loads((tmp_path / "run/settings.json").read_text())
         assert kept.items() >= (own | {"device": "cpu"} | changed).items()
-    for name, value in (("seed", 4), ("lr", 0.1), ("erasing", 0.5)):
+    for name, value in (("seed", 4), ("lr", 0.1), ("erasing", 0.5), ("epochs", 2)):
         told = output(run_train, *flags(again | {name: value}), code=2)
         assert f"run has --{name} {kept[name]}, not {value}" in told
+        assert (f"train on from its end: finetune.py --checkpoint {tmp_path}" in told) == (name == "epochs")
     output(run_train, *words, "--overwrite", "--seed", "1")
     assert saved(tmp_path / "run")["settings"]["seed"] == 1 and last.read_bytes() != before
     assert len(checkpoint.read_log(tmp_path / "run")) == 1
@@ -1791,13 +1830,18 @@ def test_the_older_checkpoint_serves_when_the_last_is_damaged(tmp_path, unhurt, 
     assert same_run(unhurt, run)
 
 
-def test_the_best_checkpoint_is_the_epochs_with_the_highest_fused_accuracy(tmp_path, monkeypatch):
+def test_the_best_checkpoint_is_the_epochs_with_the_highest_fused_accuracy(tmp_path, monkeypatch, capsys):
     accuracies = iter([40.0, 60.0, 50.0])
     heads = {"class": 1.0, "distillation": 2.0}
     monkeypatch.setattr("train.evaluate", lambda *arguments: heads | {"fused": next(accuracies)})
     assert run_train(monkeypatch, *flags(QUICK | {"distill": "label", "out": tmp_path / "run"})) == 0
     assert saved(tmp_path / "run", "best.pth")["progress"]["step"] == 6
     assert [r["accuracy"]["fused"] for r in checkpoint.read_log(tmp_path / "run")] == [40, 60, 50]
+    told = capsys.readouterr().out  # the first screen and the last
+    assert "\n  circle 6, ring 6, half 6, triangle 6, " in told and "best.pth (epoch 2, 60.00 %)" in told
+    size = sum(value.numel() for value in saved(tmp_path / "run")["model"].values())
+    assert f"{size:,} parameters, 9 steps, learning rate 9.38e-05; the run is in {tmp_path}/run\n" in told
+    assert "no_distill_token=" in told and not re.search("teacher|tau|lam=|data_path|workers", told)
 
 
 # Kills process 1 before its fifth step, once
@@ -1894,11 +1938,7 @@ def test_only_a_cuda_device_is_copied_to_without_waiting():
     assert copies == [("cpu", False), ("mps", False), ("cuda", True)]
 
 
-def no_links(*paths):
-    raise OSError
-
-
-def test_an_epoch_is_saved_once_and_the_best_is_a_link(tmp_path, monkeypatch):
+def test_an_epoch_is_saved_once_and_the_best_has_no_optimizer(tmp_path, monkeypatch):
     written, plain = Counter(), checkpoint.atomic_save
 
     def counted(path, *arguments, **options):
@@ -1908,13 +1948,11 @@ def test_an_epoch_is_saved_once_and_the_best_is_a_link(tmp_path, monkeypatch):
     monkeypatch.setattr("checkpoint.atomic_save", counted)
     monkeypatch.setattr("train.evaluate", lambda *_: {"class": 10.0})
     assert run_train(monkeypatch, *flags(QUICK | {"out": tmp_path / "run"})) == 0
-    assert (written["last.pth"], written["log.jsonl"]) == (3, 3)
-    for name, linked in (("linked", True), ("copied", False)):
-        if not linked:  # a file system without hard links
-            monkeypatch.setattr("os.link", no_links)
-        assert run_train(monkeypatch, *flags(QUICK | {"epochs": 1, "out": tmp_path / name})) == 0
-        best, last = (tmp_path / name / file for file in ("best.pth", "last.pth"))
-        assert os.path.samefile(best, last) == linked and best.read_bytes() == last.read_bytes()
+    assert written == {"settings.json": 2, "last.pth": 3, "best.pth": 1, "log.jsonl": 3}
+    assert run_train(monkeypatch, *flags(QUICK | {"epochs": 1, "ema": 0.5, "out": tmp_path / "one"})) == 0
+    best, last = (saved(tmp_path / "one", file) for file in ("best.pth", "last.pth"))
+    assert last.keys() - best.keys() == {"optimizer", "scaler"} and best["settings"] == last["settings"]
+    assert equal(best["model"], last["model"]) and equal(best["ema"], last["ema"])
 
 
 # ---- What is refused ----
@@ -1990,6 +2028,7 @@ MISTAKES = {
     "--workers -2": "argument --workers: -2 is not allowed",
     "--save-every -1": "argument --save-every: -1 is not allowed",
     "--data cifar": "invalid choice: 'cifar' (choose from ",
+    "--data empty": "for pictures in a folder: --data folder --data-path empty; see",
     "--data cifar-10": "; did you mean cifar10?",
     "--distill strong": "invalid choice: 'strong' (choose from ",
     "--augment randaug": "; did you mean randaugment?",
@@ -2008,7 +2047,7 @@ MISTAKES = {
     "--batch-size 65": "is more than an epoch's 64 images",
     "--epochs 3 --warmup-epochs 3": "--warmup-epochs must be less than --epochs, 3",
     "--data folder --data-path nowhere": "there is no folder nowhere; name the data set's with --data-path",
-    "--data-path empty": "has no use for --data shapes; for pictures of your own add --data folder",
+    "--data-path empty": "has no use for shapes; for pictures of your own add --data folder",
     "--data folder --data-path notes.txt": "there is no folder notes.txt",
     "--data folder --data-path empty": "there is no folder empty/train; --data-path must hold train/CLASS/*",
     "--distill label --no-distill-token": "needs a transformer and no --no-distill-token",
@@ -2191,7 +2230,7 @@ def test_predictions_are_each_heads_softmax_and_their_mean(tmp_path, monkeypatch
     assert told == f"error: there are no images below {tmp_path}/empty\n"
 
 
-def test_odd_images_are_predicted_or_told_in_one_line_each(tmp_path, monkeypatch, capsys):
+def test_odd_images_are_predicted_or_told_in_one_line_each(tmp_path, monkeypatch, capsys, output):
     save_network(tmp_path / "net.pth", ["a", "b"], distilled=False)
     (tmp_path / "text.jpg").write_text("no picture")
     files = [tmp_path / name for name in ("text.jpg", "missing.png", "new\nline é\x1b.png")]
@@ -2200,6 +2239,8 @@ def test_odd_images_are_predicted_or_told_in_one_line_each(tmp_path, monkeypatch
     out, errors = capsys.readouterr()
     assert [line.split(" is ")[0] for line in errors.splitlines()] == [f"error: {file}" for file in files[:2]]
     assert r"new\nline é\x1b.png" in out and len(out.splitlines()) == 2
+    record = json.loads(output(run_evaluate, "predict", tmp_path / "net.pth", files[2], "--json"))
+    assert record["fused"] == record["class"]  # also one head is fused
 
 
 def test_curves_are_drawn_from_the_logs_of_runs(tmp_path, monkeypatch, output):
@@ -2226,6 +2267,12 @@ def test_every_word_has_an_example_in_its_help_and_on_a_page(output):
     for word in (act.__name__ for act in measure.WORDS):
         assert f"evaluate.py {word} " in output(run_evaluate, word, "--help").partition("examples:")[2]
         assert f"evaluate.py {word} " in text
+    runs, firsts = (run_train, run_finetune, run_evaluate), ("--data {", "--checkpoint C", "WORD\n")
+    for run, first, script in zip(runs, firsts, PROGRAMS, strict=True):
+        told = output(run, "--help").partition("\n")[2]  # behind the usage
+        examples, _, flags = told.partition("\n  " + first)
+        assert f" {script} " in examples and flags and "\n  --" not in examples
+        assert run is not run_train or "[8]" in flags  # the epochs of shapes
 
 
 # ---- README, docs/ and results/ ----

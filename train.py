@@ -6,7 +6,7 @@
 
 `python train.py` is the same on one process. The defaults of a data set are its recipe (settings.py). A run
 that was stopped or killed anywhere goes on with --resume; on one or two processes of a CPU it ends bit for
-bit as if it never was.
+bit as if it never was, but for the times in its log.
 """
 
 import hashlib
@@ -14,6 +14,7 @@ import json
 import math
 import signal
 import time
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
@@ -162,6 +163,7 @@ def train(
     signals = StopSignals()
     for epoch in range(len(run.log), s.epochs):
         network.train()
+        first, started = run.step, time.monotonic()  # an epoch that is resumed has its rest's times
         while run.step < (epoch + 1) * per_epoch:
             lr = learning_rate(run.step, steps, warmup, s)
             for group in optimizer.param_groups:
@@ -210,10 +212,12 @@ def train(
 
         run.save()  # before the evaluation: whoever is killed in it evaluates again
         loss = all_reduce(run.loss_sum.clone()).item() / launch.world_size() / per_epoch
+        rate = (run.step - first) * s.batch_size / (time.monotonic() - started)
         accuracy = evaluate(ema.module if ema else network, val_set, s, device)
         best = top1(accuracy) > max((top1(record["accuracy"]) for record in run.log), default=-1)
         lr = learning_rate(run.step - 1, steps, warmup, s)
         record = {"epoch": epoch + 1, "step": run.step, "lr": lr, "loss": loss, "accuracy": accuracy}
+        record |= {"seconds": round(time.monotonic() - started, 1), "images_per_second": round(rate, 1)}
         run.end_epoch(record, best)
         broken = set().union(*all_gather(train_set.broken | val_set.broken))
         if broken:
@@ -311,8 +315,8 @@ def load_teacher(s: Settings, data: DataSets, device: torch.device) -> nn.Module
 # ---- The program ----
 
 
-def begin(s: Settings, device: torch.device) -> DataSets:
-    """Refuses what cannot work, loads the data, and prints and keeps the settings."""
+def begin(s: Settings, device: torch.device) -> tuple[DataSets, nn.Module]:
+    """Refuses what cannot work, loads the data, makes the network, and prints and keeps the settings."""
     check(s)
     data = load_data(s, device)
     train_set, val_set = data
@@ -325,32 +329,41 @@ def begin(s: Settings, device: torch.device) -> DataSets:
         f"{s.data}: {len(train_set)} training and {len(val_set)} validation images, "
         f"{len(train_set.classes)} classes; {device} × {launch.world_size()}, torch {torch.__version__}"
     )
+    counts = Counter(torch.as_tensor(train_set.labels).tolist())
+    names = [f"{name} {counts[label]}" for label, name in enumerate(train_set.classes)]
+    print0(f"  {', '.join(names[:10])}{f' and {len(names) - 10} more' if len(names) > 10 else ''}")
     describe(s)
+    network = build_network(s, len(names))
+    size, peak = sum(p.numel() for p in network.parameters()), s.lr * s.batch_size / 512
+    print0(f"{size:,} parameters, {s.epochs * steps} steps, learning rate {peak:.3g}; the run is in {s.out}")
     if steps < 10:
         print0(f"an epoch has only {steps} steps: of so few images a smaller --batch-size learns more")
     start_run(s)
-    return data
+    return data, network
 
 
 def finish(s: Settings, accuracy: dict[str, float], started: float) -> None:
     """Tells what came out, where it is, and what to do next."""
+    if rank() > 0:
+        return
     minutes = (time.monotonic() - started) / 60
     print0(f"\n{s.model} on {s.data}, top-1 in validation, after {minutes:.1f} minutes:")
     for head, percent in accuracy.items():
         print0(f"  {head:12} {percent:6.2f} %")
-    print0(f"The run is in {s.out}: last.pth, best.pth, log.jsonl, settings.json.")
+    best = max(read_log(Path(s.out)), key=lambda record: top1(record["accuracy"]))
+    told = f"best.pth (epoch {best['epoch']}, {top1(best['accuracy']):.2f} %)"
+    print0(f"The run is in {s.out}: last.pth, {told}, log.jsonl, settings.json.")
     print0(f"Next:  python evaluate.py accuracy {s.out}/last.pth")
 
 
 def main() -> None:
     started = time.monotonic()
-    given = vars(build_parser("train.py", __doc__.splitlines()[0]).parse_args())
+    given = vars(build_parser("train.py", __doc__).parse_args())
     s = complete(given)
     s = saved_run(given, s.out) or s
     device = launch.init(s.device)
-    data = begin(s, device)
+    data, network = begin(s, device)
     teacher = load_teacher(s, data, device) if LOSSES[s.distill].teacher else None
-    network = build_network(s, len(data[0].classes))
     accuracy = train(network, s, data, device, teacher)
     finish(s, accuracy, started)
 
