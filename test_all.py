@@ -333,6 +333,15 @@ def test_stochastic_depth_grows_linearly_and_keeps_the_expectation():
     assert not torch.equal(block.eval()(x), x)
 
 
+def test_an_exported_model_takes_batches_of_any_size():
+    model = create_model("tiny", num_classes=5, img_size=16, patch_size=8, depth=2, distilled=True).eval()
+    batch = {0: torch.export.Dim("batch", max=1024)}
+    program = torch.export.export(model, (torch.randn(4, 3, 16, 16),), dynamic_shapes=(batch,)).module()
+    for count in (1, 2, 7):
+        images = torch.randn(count, 3, 16, 16)
+        torch.testing.assert_close(program(images), model(images))
+
+
 def test_fused_prediction_adds_the_two_softmaxes():
     class_logits, dist_logits = torch.randn(4, 5), torch.randn(4, 5)
     shares = [z.exp() / z.exp().sum(1, keepdim=True) for z in (class_logits, dist_logits)]
