@@ -516,10 +516,10 @@ class Mixup:
         if cut:
             top, bottom, left, right = self.box(lam, height, width, generator)
             mixed = inputs.clone()
-            mixed[:, :, top:bottom, left:right] = inputs.flip(0)[:, :, top:bottom, left:right]
+            mixed[:, :, top:bottom, left:right] = inputs[:, :, top:bottom, left:right].flip(0)
             lam = 1 - (bottom - top) * (right - left) / (height * width)  # what the border left
         else:
-            mixed = torch.lerp(inputs.flip(0), inputs, lam)
+            mixed = inputs.flip(0).lerp_(inputs, lam)
         return mixed, torch.lerp(targets.flip(0), targets, lam)
 
 
