@@ -14,6 +14,7 @@ import functools
 import hashlib
 import math
 from collections.abc import Callable, Iterator
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -24,7 +25,8 @@ from torch.utils.data import Sampler
 
 MEAN = (0.485, 0.456, 0.406)  # ImageNet's, used for every data set as in the paper
 STD = (0.229, 0.224, 0.225)
-FILL = (124, 116, 104)  # the mean as a color: what geometric operations show beyond the border
+LEVELS = tuple(map(float, range(256)))  # all values that a pixel can have
+FILL = (124.0, 116.0, 104.0)  # the mean as a color: what geometric operations show beyond the border
 SMALL_IMAGE = 32  # pixels: up to this side, images kept at their own size are padded and cropped
 
 
@@ -171,32 +173,30 @@ def random_flip(images: Tensor, generator: Generator) -> Tensor:
 # ---- Operations: (images uint8 (n, 3, H, W), argument float (n,)) -> uint8 (n, 3, H, W) ----
 
 
-def blend(degenerate: Tensor, images: Tensor, factor: Tensor) -> Tensor:
-    """Pillow's Image.blend: factor 0 gives `degenerate`, 1 the images, above 1 goes beyond them."""
-    degenerate, factor = degenerate.float(), factor.float().view(-1, 1, 1, 1)
-    return (degenerate + factor * (images - degenerate)).clamp_(0, 255).to(torch.uint8)
+class Operation(NamedTuple):
+    """A function of (images, argument): it gives change(images, prepare(images, argument), argument)."""
+
+    change: Callable[[Tensor, Tensor, Tensor], Tensor]
+    prepare: Callable[[Tensor, Tensor], Tensor]
+    axis: int = 2  # 3: does to columns what it would do to rows
+
+    def __call__(self, images: Tensor, argument: Tensor) -> Tensor:
+        return apply_each([self], [images], [argument])[0]
 
 
-def grayscale(images: Tensor) -> Tensor:
-    """Luma (n, 1, H, W) int32 in 0..255, in Pillow's fixed-point arithmetic."""
-    red, green, blue = images.int().unbind(1)
-    return (red * 19595 + green * 38470 + blue * 7471 + 32768 >> 16).unsqueeze(1)
-
-
-def apply_lut(images: Tensor, lut: Tensor) -> Tensor:
-    """Replaces each value by its entry in a look-up table (n, 3, 256) of its own image and channel."""
-    return lut.to(torch.uint8).gather(2, images.flatten(2).long()).view_as(images)
+def look_up(images: Tensor, table: Tensor, argument: Tensor) -> Tensor:
+    """Replaces each value by its entry in a table float (n, 3, 256) of its own image and channel."""
+    return table.clamp(0, 255).to(torch.uint8).gather(2, images.flatten(2).long()).view_as(images)
 
 
 def autocontrast(images: Tensor, argument: Tensor) -> Tensor:
     """Stretches each channel to 0..255; a channel of one value stays as it is."""
     # float64 because Pillow's truncation to whole levels depends on the last bit; mps has none
     dtype = torch.float32 if images.device.type == "mps" else torch.float64
-    low, high = (x.to(dtype) for x in images.flatten(2).aminmax(dim=2, keepdim=True))
-    values = torch.arange(256, device=images.device, dtype=dtype)
+    low, high = torch.stack(images.flatten(2).aminmax(dim=2, keepdim=True)).to(dtype)
+    levels = constant(LEVELS, images.device)
     scale = torch.full_like(low, 255.0) / (high - low)  # `255.0 / tensor` would round twice
-    stretched = (values * scale + -low * scale).clamp(0, 255)
-    return apply_lut(images, torch.where(high > low, stretched, values))
+    return torch.where(high > low, levels * scale - low * scale, levels).trunc().float()
 
 
 def equalize(images: Tensor, argument: Tensor) -> Tensor:
@@ -204,149 +204,153 @@ def equalize(images: Tensor, argument: Tensor) -> Tensor:
     values = images.flatten(2).long()
     counts = torch.zeros(*values.shape[:2], 256, dtype=torch.int32, device=images.device)
     counts.scatter_add_(2, values, torch.ones((), dtype=torch.int32, device=images.device).expand_as(values))
-    last = counts.gather(2, values.amax(dim=2, keepdim=True))
-    step = (values.shape[2] - last) // 255
-    before = counts.cumsum(2, dtype=torch.int32) - counts
-    flat = ((step // 2 + before) // step.clamp(min=1)).clamp(max=255)
-    return apply_lut(images, torch.where(step > 0, flat, torch.arange(256, device=images.device)))
+    step = (values.shape[2] - counts.gather(2, values.amax(dim=2, keepdim=True))) // 255
+    flat = (step // 2 + counts.cumsum(2, dtype=torch.int32) - counts) // step.clamp(min=1)
+    return torch.where(step > 0, flat, constant(LEVELS, images.device))
 
 
-def invert(images: Tensor, argument: Tensor) -> Tensor:
-    return 255 - images
+def table(function: Callable[[Tensor, Tensor], Tensor]) -> Callable[[Tensor, Tensor], Tensor]:
+    """The table of a function of single values: what it makes of each level."""
+    return lambda images, argument: function(
+        constant(LEVELS, images.device).expand(len(images), 3, 256), argument.view(-1, 1, 1)
+    )
 
 
-def posterize(images: Tensor, bits: Tensor) -> Tensor:
-    """Keeps the `bits` highest bits of each value; 0 bits is a black image, 8 changes nothing."""
-    return images & (256 - 2 ** (8 - bits.int())).to(torch.uint8).view(-1, 1, 1, 1)
+def blend(images: Tensor, degenerate: Tensor, factor: Tensor) -> Tensor:
+    """Pillow's Image.blend: factor 0 gives `degenerate`, 1 the images, above 1 goes beyond them."""
+    return (degenerate + factor.view(-1, 1, 1, 1) * (images - degenerate)).clamp_(0, 255).to(torch.uint8)
 
 
-def solarize(images: Tensor, threshold: Tensor) -> Tensor:
-    """Inverts the values at or above the threshold (0..256)."""
-    inverted = images >= threshold.int().view(-1, 1, 1, 1)
-    return images ^ (255 * inverted.to(torch.uint8))  # x ^ 255 is 255 - x
+def grayscale(images: Tensor, factor: Tensor) -> Tensor:
+    """Color: factor 0 is gray, the luma in Pillow's fixed-point arithmetic."""
+    weighted = images * constant((19595, 38470, 7471), images.device).view(3, 1, 1)
+    return (weighted.sum(dim=1, keepdim=True) + 32768 >> 16).float().expand_as(images)
 
 
-def solarize_add(images: Tensor, addend: Tensor) -> Tensor:
-    """Adds to the values below 128, up to 255."""
-    addend = addend.to(torch.uint8).view(-1, 1, 1, 1)
-    return images + torch.minimum(addend, 255 - images) * (images < 128)
-
-
-def color(images: Tensor, factor: Tensor) -> Tensor:
-    """Saturation: factor 0 is gray."""
-    return blend(grayscale(images), images, factor)
-
-
-def contrast(images: Tensor, factor: Tensor) -> Tensor:
-    """Factor 0 is the image's mean luma everywhere, rounded to a whole level."""
+def mean_luma(images: Tensor, factor: Tensor) -> Tensor:
+    """Contrast: factor 0 is the image's mean luma everywhere, rounded to a whole level."""
     pixels = images[0, 0].numel()
-    mean = (2 * grayscale(images).sum(dim=(2, 3), keepdim=True) + pixels) // (2 * pixels)
-    return blend(mean, images, factor)
+    total = grayscale(images, factor)[:, :1].sum(dim=(2, 3), keepdim=True, dtype=torch.int64)
+    return ((2 * total + pixels) // (2 * pixels)).float().expand_as(images)
 
 
-def brightness(images: Tensor, factor: Tensor) -> Tensor:
-    """Factor 0 is black."""
-    return blend(torch.zeros_like(images), images, factor)
-
-
-def sharpness(images: Tensor, factor: Tensor) -> Tensor:
-    """Factor 0 is the image smoothed by (1 1 1; 1 5 1; 1 1 1)/13, its outermost pixels left as they are."""
-    smooth = images.float()
-    if min(images.shape[2:]) > 2:
-        rows = smooth[:, :, :-2] + smooth[:, :, 1:-1] + smooth[:, :, 2:]
-        center = smooth[:, :, 1:-1, 1:-1]
-        center.copy_((rows[..., :-2] + rows[..., 1:-1] + rows[..., 2:] + 4 * center).div_(13).round_())
-    return blend(smooth, images, factor)
+def smooth(images: Tensor, factor: Tensor) -> Tensor:
+    """Sharpness: factor 0 is smoothed by (1 1 1; 1 5 1; 1 1 1)/13, its outermost pixels left as they are."""
+    smoothed = images.float()
+    rows = smoothed[:, :, :-2] + smoothed[:, :, 1:-1] + smoothed[:, :, 2:]
+    center = smoothed[:, :, 1:-1, 1:-1]
+    center.copy_((rows[..., :-2] + rows[..., 1:-1] + rows[..., 2:] + 4 * center).div_(13).round_())
+    return smoothed
 
 
 def fill_outside(sampled: Tensor, inside: Tensor) -> Tensor:
     """Whole levels where the source point lies in the image, the fill color elsewhere."""
-    fill = constant(FILL, sampled.device).to(torch.uint8).view(1, 3, 1, 1)
     # Four float32 weights may sum to a hair less than 1; cut to whole levels, flat areas would darken by one.
-    return inside * (sampled + 1e-3).clamp_(0, 255).to(torch.uint8) + ~inside * fill
+    filled = torch.where(inside, sampled.add_(1e-3), constant(FILL, sampled.device).view(3, 1, 1))
+    return filled.clamp_(0, 255).to(torch.uint8)
 
 
-def shift_rows(images: Tensor, shift: Tensor) -> Tensor:
-    """Pixel x of row y becomes the one at x + shift[y], interpolated; shift float (n, H) or (n, 1)."""
-    height, width = images.shape[2:]
+def shift_rows(images: Tensor, shift: Tensor, argument: Tensor) -> Tensor:
+    """Pixel x of row y becomes the one at x + shift[y], interpolated; shift float (n, H)."""
+    width, device, shift = images.shape[3], images.device, shift[:, None, :, None]
     whole = shift.floor()
-    taps = cubic_taps((shift - whole)[:, None, :, None])
-    columns = torch.arange(-1, width + 2, device=images.device) + whole.long()[..., None]  # (n, H, W + 3)
-    columns = columns.clamp_(0, width - 1)[:, None].expand(len(images), 3, height, width + 3)
-    source = images.gather(3, columns).float()
-    sampled = taps[0] * source[..., :width]
-    for k in (1, 2, 3):
-        sampled.addcmul_(taps[k], source[..., k : k + width])
-    centers = torch.arange(width, device=images.device) + 0.5 + shift[..., None]
-    return fill_outside(sampled, ((centers >= 0) & (centers < width))[:, None])
+    columns = torch.arange(-1, width + 2, device=device) + whole.long()  # (n, 1, H, W + 3)
+    source = images.gather(3, columns.clamp_(0, width - 1).expand(-1, 3, -1, -1)).float()
+    sampled = torch.zeros(images.shape, device=device)
+    for k, tap in enumerate(cubic_taps(shift - whole)):
+        sampled.addcmul_(tap, source[..., k : k + width])
+    centers = torch.arange(0.5, width, device=device) + shift
+    return fill_outside(sampled, (centers >= 0) & (centers < width))
 
 
-def shear_x(images: Tensor, shear: Tensor) -> Tensor:
-    """Shifts each row by `shear` times its distance from the top."""
-    rows = torch.arange(images.shape[2], device=images.device) + 0.5
-    return shift_rows(images, shear.float()[:, None] * rows)
+def shear(images: Tensor, share: Tensor) -> Tensor:
+    """Shifts each row by `share` of its distance from the top."""
+    return share[:, None] * torch.arange(0.5, images.shape[2], device=images.device)
 
 
-def translate_x(images: Tensor, share: Tensor) -> Tensor:
+def translate(images: Tensor, share: Tensor) -> Tensor:
     """Moves the content left by `share` of the width."""
-    return shift_rows(images, (share.float() * images.shape[3])[:, None])
+    return (share * images.shape[3])[:, None].expand(-1, images.shape[2])
 
 
-def transposed(operation: Callable[[Tensor, Tensor], Tensor]) -> Callable[[Tensor, Tensor], Tensor]:
-    """The operation that does to columns what `operation` does to rows."""
-    return lambda images, argument: operation(images.transpose(2, 3), argument).transpose(2, 3)
-
-
-def rotate(images: Tensor, degrees: Tensor) -> Tensor:
-    """Turns the content counter-clockwise about the center, by bicubic interpolation."""
-    height, width = images.shape[2:]
-    angle = torch.deg2rad(degrees.float()).view(-1, 1, 1)
-    x = torch.arange(width, device=images.device) + 0.5 - width / 2  # pixel centers, from the image's center
-    y = (torch.arange(height, device=images.device) + 0.5 - height / 2)[:, None]
-    source_x = angle.cos() * x - angle.sin() * y + width / 2  # (n, H, W)
-    source_y = angle.sin() * x + angle.cos() * y + height / 2
-    inside = (source_x >= 0) & (source_x < width) & (source_y >= 0) & (source_y < height)
-    left, top = (source_x - 0.5).floor(), (source_y - 0.5).floor()
-    taps_x, taps_y = cubic_taps(source_x - 0.5 - left), cubic_taps(source_y - 0.5 - top)
-    columns = [(left.long() + k).clamp_(0, width - 1) for k in (-1, 0, 1, 2)]
-    rows = [(top.long() + k).clamp_(0, height - 1) for k in (-1, 0, 1, 2)]
+def rotate(images: Tensor, angle: Tensor, argument: Tensor) -> Tensor:
+    """Turns the content counter-clockwise about the center by angle float (n,), by bicubic interpolation."""
+    (height, width), device = images.shape[2:], images.device
+    cos, sin = angle.cos().view(-1, 1, 1), angle.sin().view(-1, 1, 1)
+    x = torch.arange(0.5 - width / 2, width / 2, device=device)  # pixel centers, from the image's center
+    y = torch.arange(0.5 - height / 2, height / 2, device=device)[:, None]
+    source = torch.stack([cos * x - sin * y + width / 2, sin * x + cos * y + height / 2])  # (2, n, H, W)
+    sides, last = constant(((width, height), (width - 1, height - 1)), device).view(2, 2, 1, 1, 1)
+    inside = ((source >= 0) & (source < sides)).all(dim=0)[:, None]
+    first = (source - 0.5).floor()
+    taps_x, taps_y = torch.stack(cubic_taps(source - 0.5 - first), dim=2).unbind()  # (n, 4, H, W)
+    neighbors = first.long()[:, :, None] + torch.arange(-1, 3, device=device).view(4, 1, 1)
+    columns, rows = torch.minimum(neighbors.clamp_(min=0), last[:, None]).unbind()  # (n, 4, H, W)
     pixels = images.flatten(2).float()
-    sampled = torch.zeros(images.shape, device=images.device)
-    for row, tap_y in zip(rows, taps_y, strict=True):
-        for column, tap_x in zip(columns, taps_x, strict=True):
-            index = (row * width + column).flatten(1)[:, None].expand_as(pixels)
-            sampled.addcmul_((tap_y * tap_x)[:, None], pixels.gather(2, index).view_as(images))
-    return fill_outside(sampled, inside[:, None])
+    lines = torch.zeros(len(images), 3, 4, height, width, device=device)  # the 4 columns, each of 4 rows
+    for row, tap in zip((rows * width).split(1, dim=1), taps_y.unbind(1), strict=True):
+        index = (row + columns).flatten(1)[:, None].expand(-1, 3, -1)
+        lines.addcmul_(tap[:, None, None], pixels.gather(2, index).view_as(lines))
+    return fill_outside((lines * taps_x[:, None]).sum(dim=2), inside)
 
 
-OPERATIONS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
-    "AutoContrast": autocontrast, "Equalize": equalize, "Invert": invert, "Rotate": rotate,
-    "Posterize": posterize, "Solarize": solarize, "SolarizeAdd": solarize_add, "Color": color,
-    "Contrast": contrast, "Brightness": brightness, "Sharpness": sharpness, "ShearX": shear_x,
-    "ShearY": transposed(shear_x), "TranslateX": translate_x, "TranslateY": transposed(translate_x),
-}  # fmt: skip
+def apply_each(operations: list[Operation], groups: list[Tensor], arguments: list[Tensor]) -> list[Tensor]:
+    """Applies each operation to a group of images of its own."""
+    changes, results = {}, list(groups)
+    for i, (operation, images, argument) in enumerate(zip(operations, groups, arguments, strict=True)):
+        if len(images):
+            images = images.transpose(2, operation.axis)
+            member = i, images, operation.prepare(images, argument), argument
+            changes.setdefault((operation.change, images.shape[1:]), []).append(member)
+    # A change is made once for all its operations: a GPU changes a few images in less time than a call takes.
+    for (change, _), members in changes.items():
+        numbers, *parts = zip(*members, strict=True)
+        changed = change(*map(torch.cat, parts)).split([len(images) for images in parts[0]])
+        for i, images in zip(numbers, changed, strict=True):
+            results[i] = images.transpose(2, operations[i].axis)
+    return results
+
+
+OPERATIONS: dict[str, Operation] = {
+    "AutoContrast": Operation(look_up, autocontrast),
+    "Equalize": Operation(look_up, equalize),
+    "Invert": Operation(look_up, table(lambda v, _: 255 - v)),
+    "Rotate": Operation(rotate, lambda images, degrees: torch.deg2rad(degrees)),
+    "Posterize": Operation(look_up, table(lambda v, bits: v - v % 2 ** (8 - bits.int()))),  # 0 bits is black
+    "Solarize": Operation(look_up, table(lambda v, threshold: torch.where(v < threshold, v, 255 - v))),
+    "SolarizeAdd": Operation(look_up, table(lambda v, addend: v + addend * (v < 128))),
+    "Color": Operation(blend, grayscale),
+    "Contrast": Operation(blend, mean_luma),
+    "Brightness": Operation(look_up, table(lambda v, factor: v * factor)),
+    "Sharpness": Operation(blend, smooth),
+    "ShearX": Operation(shift_rows, shear),
+    "ShearY": Operation(shift_rows, shear, axis=3),
+    "TranslateX": Operation(shift_rows, translate),
+    "TranslateY": Operation(shift_rows, translate, axis=3),
+}
 
 
 def apply_operations(images: Tensor, op: Tensor, argument: Tensor) -> Tensor:
-    """Applies to image i operation number op[i] of OPERATIONS with argument[i]; -1 leaves it alone.
+    """Applies to image i operation number op[k, i] of OPERATIONS with argument[k, i], for k = 0, 1, ...
 
-    `op` int64 (B,) and `argument` float (B,) are on the CPU, the images anywhere.
+    -1 leaves it alone. `op` int64 (K, B) and `argument` float (K, B) are on the CPU, the images anywhere.
     """
-    order = op.argsort()  # puts the images of each operation side by side
-    counts = torch.bincount(op + 1, minlength=1 + len(OPERATIONS)).tolist()  # known on the CPU: no waiting
-    packed = torch.stack([order.float(), order.argsort().float(), argument[order]])  # for one copy
-    packed = to_device(packed, images.device)
-    order, back = packed[:2].long()
-    grouped = images.index_select(0, order)
-    groups, arguments = grouped.split(counts)[1:], packed[2].split(counts)[1:]
-    for operation, group, argument in zip(OPERATIONS.values(), groups, arguments, strict=True):
-        if len(group):
-            group.copy_(operation(group, argument))
-    return grouped.index_select(0, back)
+    if images.device.type == "cpu" and images.numel() > 2**21 and len(images) > 1:  # what stays in its cache
+        halves = zip(images.chunk(2), op.chunk(2, dim=1), argument.chunk(2, dim=1), strict=True)
+        return torch.cat([apply_operations(*half) for half in halves])
+    order = op.argsort(dim=1)  # puts the images of each operation side by side
+    packed = to_device(torch.stack([order, order.argsort(dim=1), argument.gather(1, order)]), images.device)
+    for op_k, order, back, argument in zip(op, *packed[:2].long(), packed[2], strict=True):
+        counts = torch.bincount(op_k + 1, minlength=1 + len(OPERATIONS)).tolist()  # on the CPU: no waiting
+        alone, *groups = images.index_select(0, order).split(counts)
+        groups = apply_each(list(OPERATIONS.values()), groups, argument.split(counts)[1:])
+        images = torch.cat([alone, *groups]).index_select(0, back)
+    return images
 
 
 # ---- Policies: which operation, how strong ----
 
+ENHANCEMENTS = ("Color", "Contrast", "Brightness", "Sharpness")
 # RandAugment's argument of each operation, from magnitude m = M/10 (0..1) and a sign (±1), both float64 (n,)
 RANDAUGMENT_ARGUMENTS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     **dict.fromkeys(("AutoContrast", "Equalize", "Invert"), lambda m, sign: m),  # they have no argument
@@ -354,9 +358,7 @@ RANDAUGMENT_ARGUMENTS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "Posterize": lambda m, sign: 4 - (4 * m).floor(),
     "Solarize": lambda m, sign: 256 - (256 * m).floor(),
     "SolarizeAdd": lambda m, sign: (110 * m).floor(),
-    **dict.fromkeys(
-        ("Color", "Contrast", "Brightness", "Sharpness"), lambda m, sign: (1 + 0.9 * m * sign).clamp(min=0.1)
-    ),
+    **dict.fromkeys(ENHANCEMENTS, lambda m, sign: (1 + 0.9 * m * sign).clamp(min=0.1)),
     **dict.fromkeys(("ShearX", "ShearY"), lambda m, sign: 0.3 * m * sign),
     **dict.fromkeys(("TranslateX", "TranslateY"), lambda m, sign: 0.45 * m * sign),
 }
@@ -368,15 +370,12 @@ AUTOAUGMENT_ARGUMENTS = RANDAUGMENT_ARGUMENTS | {
 NAMES = list(OPERATIONS)
 
 
-def apply_at_magnitude(
-    images: Tensor, op: Tensor, m: Tensor, probability: float | Tensor, table: dict, generator: Generator
-) -> Tensor:
-    """Applies operation op[i] at magnitude m[i] with the given probability; `table` gives its argument."""
+def draw_step(op: Tensor, m: Tensor, p: float | Tensor, table: dict, generator: Generator) -> tuple:
+    """Operation op[i] at magnitude m[i] with probability p, else -1; and its argument, by `table`."""
     sign = torch.randint(2, op.shape, generator=generator).double() * 2 - 1
     arguments = torch.stack([table[name](m, sign) for name in NAMES])  # (15, B), of which one an image counts
-    argument = arguments.gather(0, op[None])[0].float()
-    applied = torch.rand(len(images), generator=generator) < probability
-    return apply_operations(images, torch.where(applied, op, -1), argument)
+    applied = torch.rand(len(op), generator=generator) < p
+    return torch.where(applied, op, -1), arguments.gather(0, op[None])[0].float()
 
 
 class RandAugment:
@@ -390,12 +389,13 @@ class RandAugment:
         self.num_ops, self.magnitude, self.magnitude_std = num_ops, magnitude, magnitude_std
 
     def __call__(self, images: Tensor, generator: Generator) -> Tensor:
+        steps = []
         for _ in range(self.num_ops):
             op = torch.randint(len(NAMES), (len(images),), generator=generator)
             noise = torch.randn(len(images), generator=generator, dtype=torch.float64)
             m = (self.magnitude + self.magnitude_std * noise).clamp(0, 10) / 10
-            images = apply_at_magnitude(images, op, m, 0.5, RANDAUGMENT_ARGUMENTS, generator)
-        return images
+            steps.append(draw_step(op, m, 0.5, RANDAUGMENT_ARGUMENTS, generator))
+        return apply_operations(images, *map(torch.stack, zip(*steps, strict=True)))
 
 
 class AutoAugment:
@@ -414,9 +414,9 @@ class AutoAugment:
 
     def __call__(self, images: Tensor, generator: Generator) -> Tensor:
         i = torch.randint(len(self.op[0]), (len(images),), generator=generator)
-        for op, p, m in zip(self.op, self.probability, self.m, strict=True):
-            images = apply_at_magnitude(images, op[i], m[i], p[i], AUTOAUGMENT_ARGUMENTS, generator)
-        return images
+        steps = zip(self.op, self.m, self.probability, strict=True)
+        steps = [draw_step(op[i], m[i], p[i], AUTOAUGMENT_ARGUMENTS, generator) for op, m, p in steps]
+        return apply_operations(images, *map(torch.stack, zip(*steps, strict=True)))
 
 
 class ColorJitter:
@@ -431,10 +431,8 @@ class ColorJitter:
     def __call__(self, images: Tensor, generator: Generator) -> Tensor:
         ops = torch.tensor([NAMES.index(name) for name in ("Brightness", "Contrast", "Color")])
         order = torch.rand(3, len(images), generator=generator).argsort(dim=0)  # (3, B)
-        for op in ops[order]:
-            factor = 1 + self.strength * (2 * torch.rand(len(images), generator=generator) - 1)
-            images = apply_operations(images, op, factor)
-        return images
+        factor = 1 + self.strength * (2 * torch.rand(order.shape, generator=generator) - 1)
+        return apply_operations(images, ops[order], factor)
 
 
 # ---- After the pixels are numbers: normalize, erase, mix ----
@@ -516,10 +514,10 @@ class Mixup:
         if cut:
             top, bottom, left, right = self.box(lam, height, width, generator)
             mixed = inputs.clone()
-            mixed[:, :, top:bottom, left:right] = inputs.flip(0)[:, :, top:bottom, left:right]
+            mixed[:, :, top:bottom, left:right] = inputs[:, :, top:bottom, left:right].flip(0)
             lam = 1 - (bottom - top) * (right - left) / (height * width)  # what the border left
         else:
-            mixed = torch.lerp(inputs.flip(0), inputs, lam)
+            mixed = inputs.flip(0).lerp_(inputs, lam)
         return mixed, torch.lerp(targets.flip(0), targets, lam)
 
 

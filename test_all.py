@@ -36,6 +36,8 @@ from PIL import Image, ImageEnhance, ImageOps
 from torch import nn
 from torch.distributed.run import get_args_parser as torchrun_parser
 from torch.optim.optimizer import register_optimizer_step_post_hook
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 import augment
 import checkpoint
@@ -620,15 +622,17 @@ def test_geometric_operations_are_pillows_bicubic_ones(name, samples):
         assert pixels[pixels <= 1].float().mean() < 0.05
 
 
-def test_each_image_of_a_batch_gets_its_own_operation_and_argument(samples):
-    rng, (batch,) = np.random.default_rng(2), [b for b in samples if b.shape[2:] == (31, 48)]
-    op = torch.from_numpy(rng.integers(-1, 15, 400))
-    argument = torch.tensor([rng.choice(RANGES[NAMES[k]]) if k >= 0 else 0 for k in op]).float()
-    step = batch[torch.arange(400) % len(batch)], op, argument
+@pytest.mark.parametrize("shape", [(31, 48), (32, 32), (97, 64)])  # the last ones are done in parts on a CPU
+def test_each_image_of_a_batch_gets_its_own_operations_and_arguments(samples, shape):
+    rng, batch = np.random.default_rng(2), next(b for b in samples if b.shape[2:] == shape)
+    op = torch.from_numpy(rng.integers(-1, 15, (2, 400)))
+    argument = [[rng.choice(RANGES[NAMES[k]]) if k >= 0 else 0 for k in row] for row in op]
+    step = batch[torch.arange(400) % len(batch)], op, torch.tensor(argument).float()
     assert augment.OPERATIONS.keys() == PILLOW.keys() and len(PILLOW) == 15  # the paper's
-    for image, k, v, result in zip(*step, augment.apply_operations(*step), strict=True):
-        alone = image if k < 0 else augment.OPERATIONS[NAMES[k]](image[None], v[None])[0]
-        assert torch.equal(result, alone)
+    for image, ks, vs, result in zip(step[0], op.T, step[2].T, augment.apply_operations(*step), strict=True):
+        for k, v in zip(ks, vs, strict=True):
+            image = image if k < 0 else augment.OPERATIONS[NAMES[k]](image[None], v[None])[0]
+        assert torch.equal(result, image)
 
 
 def follows(draws, expected):
@@ -682,7 +686,12 @@ def test_arguments_are_the_papers_table(policy, magnitude):
 def drawn(monkeypatch):
     """Calls a policy on `count` images and gives its draws (op, m), with the sign of RandAugment."""
     steps = []
-    monkeypatch.setattr(augment, "apply_operations", lambda images, *step: steps.append(step) or images)
+
+    def record(images, op, argument):
+        steps.extend(zip(op, argument, strict=True))
+        return images
+
+    monkeypatch.setattr(augment, "apply_operations", record)
     monkeypatch.setattr(augment, "RANDAUGMENT_ARGUMENTS", dict.fromkeys(NAMES, lambda m, sign: m * sign))
     monkeypatch.setattr(augment, "AUTOAUGMENT_ARGUMENTS", dict.fromkeys(NAMES, lambda m, sign: m))
 
@@ -926,6 +935,39 @@ def test_a_step_never_reads_its_pixels_to_decide(policy, size):
         hollow = step(augment.random_crop(images.to("meta"), size, draws), labels.to("meta"), draws)
         assert [x.shape for x in hollow] == [inputs.shape, targets.shape]
         assert torch.equal(draws.get_state(), real.get_state())  # and drew as many numbers on the CPU
+
+
+class Calls(TorchDispatchMode):
+    """Counts the operators that run: by name in all, and those whose result lies on `device`."""
+
+    def __init__(self, device):
+        super().__init__()
+        self.device, self.all, self.launches, self.copies = device, Counter(), 0, 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        first = next((x for x in tree_leaves(result) if isinstance(x, torch.Tensor)), None)
+        if first is not None and not function.is_view:  # a view is a new way to see the same memory
+            copied = isinstance(args[0], torch.Tensor) and args[0].device != first.device
+            self.copies += copied
+            self.launches += first.device == self.device
+            self.all[function] += not copied
+        return result
+
+
+def test_a_step_launches_at_most_450_kernels_and_copies_what_it_draws_in_five_pieces():
+    counts, step = {}, augment.Augment(10)
+    for device in map(torch.device, ("cpu", "meta")):
+        held = ArraySet(noise(1024, 3, 32, 32).to(device), (torch.arange(1024) % 10).to(device), [])
+        s, draws = Settings(img_size=32, batch_size=256, workers=0), generator()
+        batches = train_batches(held, s, 0, device)
+        step(*next(batches), draws)  # the constants are copied once and for all
+        with Calls(device) as counts[device.type]:
+            for _ in range(6):
+                step(*next(batches), draws)
+    assert counts["meta"].launches <= 6 * 450
+    assert counts["meta"].copies == 6 * 5  # which images, their crops, mirrors, operations, erased boxes
+    assert counts["meta"].all == counts["cpu"].all  # what is counted is what runs
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
@@ -1928,16 +1970,6 @@ def test_files_of_one_name_are_told_by_their_addresses_and_a_hash_in_a_name_coun
     for _ in range(2):  # also when the file is there
         with pytest.raises(UserError, match="has not the SHA-256 that its name says"):
             read_checkpoint(f"http://{tmp_path}/net-0123456789.pth")
-
-
-def test_a_step_copies_what_it_draws_in_five_pieces(monkeypatch):
-    copies, plain, draws = [], augment.to_device, torch.Generator().manual_seed(0)
-    monkeypatch.setattr("augment.to_device", lambda *arguments: copies.append(1) or plain(*arguments))
-    step = augment.Augment(10)
-    images, labels = torch.zeros(256, 3, 32, 32, dtype=torch.uint8), torch.zeros(256, dtype=torch.int64)
-    for _ in range(3):
-        step(augment.random_crop(images, 32, draws), labels, draws)
-    assert len(copies) == 3 * 5  # crop, mirror, two operations, erasing
 
 
 def test_only_a_cuda_device_is_copied_to_without_waiting():
