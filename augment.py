@@ -181,7 +181,7 @@ class Operation(NamedTuple):
     axis: int = 2  # 3: does to columns what it would do to rows
 
     def __call__(self, images: Tensor, argument: Tensor) -> Tensor:
-        return apply_each([self], [images], [argument])[0]
+        return apply_each([self], [images], [argument.float()])[0]
 
 
 def look_up(images: Tensor, table: Tensor, argument: Tensor) -> Tensor:

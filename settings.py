@@ -153,7 +153,7 @@ def complete(given: dict, recipe: dict | None = None, kind: type = Settings):
         values |= CONVNET | CONVNET_RECIPES.get(data, {})
         values["epochs"] = values.get("teacher_epochs", Settings.teacher_epochs)
     s = kind(**values | recipe | given)
-    if s.img_size <= LOW_RESOLUTION and not s.teacher_weights and "teacher" not in recipe | given:
+    if s.img_size <= LOW_RESOLUTION and s.teacher_weights != "published" and "teacher" not in recipe | given:
         s.teacher = "vgg8"
     if "warmup_epochs" not in recipe | given:  # a short run cannot spend the paper's 5 of 300 epochs on it
         s.warmup_epochs = min(s.warmup_epochs, s.epochs / 10)
