@@ -22,7 +22,7 @@ import torch
 import torchvision
 from torch import Tensor, nn
 
-from launch import UserError, all_reduce, main_process_first, print0, rank, world_size
+from launch import UserError, all_reduce, main_process_first, print0, rank
 from model import SIZES
 
 # The authors' ImageNet checkpoints, by short name. A file's name ends in the first digits of its SHA-256.
@@ -46,16 +46,31 @@ def is_url(source: str | Path) -> bool:
     return str(source).startswith(("http://", "https://"))
 
 
+def file_hash(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
 def download(url: str) -> Path:
     """Where a URL's file is on this machine, after downloading it if it is not there yet."""
     folder = Path(torch.hub.get_dir(), "checkpoints", hashlib.sha256(url.encode()).hexdigest()[:16])
     path = folder / Path(urllib.parse.urlparse(url).path).name
     folder.mkdir(parents=True, exist_ok=True)
-    main_process_first(lambda: path.exists() or torch.hub.download_url_to_file(url, str(path)))
+    try:
+        main_process_first(lambda: path.exists() or torch.hub.download_url_to_file(url, str(path)))
+    except urllib.error.URLError as error:
+        text = f"could not download {url}: {error.reason}; check the address and the network"
+        raise UserError(text) from None
     named = re.search(r"-([0-9a-f]{8,})\.", path.name)
-    if named and not hashlib.sha256(path.read_bytes()).hexdigest().startswith(named[1]):
+    if named and not file_hash(path).startswith(named[1]):
         raise UserError(f"{path} has not the SHA-256 that its name says; delete it")
     return path
+
+
+def locate(source: str | Path) -> Path:
+    """A checkpoint's file: itself, last.pth of a run's folder, or that of a URL or a name in OFFICIAL."""
+    source = OFFICIAL.get(str(source), source)
+    path = download(source) if is_url(source) else Path(source)
+    return path / "last.pth" if path.is_dir() else path
 
 
 def read_checkpoint(source: str | Path) -> dict:
@@ -64,10 +79,8 @@ def read_checkpoint(source: str | Path) -> dict:
     No code in it is run. A URL is downloaded once; a file name that ends in -HASH.pth has its SHA-256 checked
     against it. Raises UserError if there is no such file or it is not a checkpoint.
     """
-    source = OFFICIAL.get(str(source), source)
     try:
-        path = download(source) if is_url(source) else Path(source)
-        path = path / "last.pth" if path.is_dir() else path
+        path = locate(source)
         if zipfile.is_zipfile(path):
             with zipfile.ZipFile(path) as members:
                 if any(member.compress_type for member in members.infolist()):
@@ -80,9 +93,6 @@ def read_checkpoint(source: str | Path) -> dict:
                 raise UserError("its parts are not named weights")
     except FileNotFoundError:
         raise UserError(f"there is no file {path}") from None
-    except urllib.error.URLError as error:
-        reason = getattr(error, "reason", error)
-        raise UserError(f"could not download {source}: {reason}; check the address and the network") from None
     except Exception as error:  # a damaged file can make the reader raise anything
         reason = "it holds something else than weights and settings, or is damaged"
         if not isinstance(error, pickle.UnpicklingError):
@@ -165,14 +175,12 @@ def check_class_order(source: str, names: list[str], num_classes: int) -> None:
 
 # The paper's teacher, regnety_160-a5fe301d.pth, names its modules otherwise: (its pattern, torchvision's).
 PAPER_LAYOUT = (
-    (r"^stem\.conv", "stem.0"),
-    (r"^stem\.bn", "stem.1"),
     (r"^s(\d)\.b(\d+)", lambda m: f"trunk_output.block{m[1]}.block{m[1]}-{int(m[2]) - 1}"),
-    (r"\.conv(\d)\.conv", lambda m: f".f.{'abc'[int(m[1]) - 1]}.0"),
-    (r"\.conv(\d)\.bn", lambda m: f".f.{'abc'[int(m[1]) - 1]}.1"),
+    (r"\.conv(\d)", lambda m: f".f.{'abc'[int(m[1]) - 1]}"),
     (r"\.se\.", ".f.se."),
-    (r"\.downsample\.conv", ".proj.0"),
-    (r"\.downsample\.bn", ".proj.1"),
+    (r"\.downsample", ".proj"),
+    (r"\.conv\.", ".0."),
+    (r"\.bn\.", ".1."),
     (r"^head\.fc", "fc"),
 )
 
@@ -262,10 +270,6 @@ class Run:
         device = next(network.parameters()).device
         dtype = torch.float32 if device.type == "mps" else torch.float64
         self.loss_sum = torch.zeros((), device=device, dtype=dtype)
-        # In another environment the same run has other rounding errors.
-        self.environment = f"{world_size()} × {device.type}, {torch.get_num_threads()} threads, torch "
-        self.environment += f"{torch.__version__}, {settings['accumulate']} parts, {settings['precision']}"
-        self.environment += ", compiled" if settings["compile"] else ""
 
     def check_finite(self, *values: Tensor) -> None:
         """Raises UserError if a value is not finite; waits for the device."""
@@ -285,7 +289,7 @@ class Run:
         loss_sum = all_reduce(self.loss_sum.clone())
         self.check_finite(loss_sum, *self.network.parameters())
         progress = {"step": self.step, "log": self.log, "loss_sums": [loss_sum.item()]}
-        progress |= {"per_epoch": self.steps_per_epoch, "made_on": self.environment}
+        progress["per_epoch"] = self.steps_per_epoch
         parts = {"optimizer": self.optimizer.state_dict(), "scaler": self.scaler.state_dict()}
         contents = self.weights() | parts | {"progress": progress}
         if rank() == 0:
@@ -326,6 +330,3 @@ class Run:
         if rank() == 0 and self.step > len(self.log) * self.steps_per_epoch:
             self.loss_sum.fill_(sum(progress["loss_sums"]))
         print0(f"resuming {self.out} after step {self.step}, {len(self.log)} epochs")
-        if progress["made_on"] != self.environment:
-            print0(f"it was made with {progress['made_on']} and goes on with {self.environment}:")
-            print0("its numbers will differ a little from those of a run that was never stopped")

@@ -5,6 +5,7 @@ there, or a `FolderSet`, streamed from files by worker processes that only decod
 batches of images uint8 (B, 3, S, S) and labels int64 (B,).
 """
 
+import hashlib
 import importlib.util
 import itertools
 import json
@@ -180,6 +181,16 @@ class FolderSet:
 
 
 DataSet = ArraySet | FolderSet
+
+
+def fingerprint(data: DataSet) -> str:
+    """A hash of a data set: of its classes, labels, and the pixels held or the names of the files."""
+    held = isinstance(data, ArraySet)
+    images = data.images.cpu().numpy().tobytes() if held else repr([Path(path).name for path in data.paths])
+    labels = data.labels.tolist() if held else data.labels
+    digest = hashlib.sha256(images if held else images.encode())
+    digest.update(repr((data.classes, labels)).encode())
+    return digest.hexdigest()[:8]
 
 
 def draw_shapes(split: str, count: int, size: int) -> ArraySet:

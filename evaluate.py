@@ -267,20 +267,15 @@ def count_flops(network: nn.Module, size: int) -> int:
     return counter.get_total_flops()
 
 
-def synchronize(device: torch.device) -> None:
-    if device.type != "cpu":
-        getattr(torch, device.type).synchronize()
-
-
 def seconds(act: Callable[[], object], runs: int, device: torch.device) -> float:
-    """The mean time of one act() over so many runs, after up to 3 that do not count."""
-    for _ in range(min(3, runs)):
+    """The mean time of one act() over so many runs, after 3 that do not count."""
+    wait = getattr(torch, device.type).synchronize
+    for run in range(-3, runs):
+        if run == 0:
+            wait()
+            started = time.perf_counter()
         act()
-    synchronize(device)
-    started = time.perf_counter()
-    for _ in range(runs):
-        act()
-    synchronize(device)
+    wait()
     return (time.perf_counter() - started) / runs
 
 
@@ -291,109 +286,54 @@ def matmul_peak(dtype: torch.dtype, device: torch.device) -> tuple[float, int]:
     return 2 * side**3 / min(seconds(lambda: a @ b, 3, device) for _ in range(5)), side
 
 
-def largest_batch(ready: Callable[[int], Callable], device: torch.device) -> int:
-    """The largest power of two up to 4096 for which ready(batch)() fits the GPU's memory; elsewhere 16."""
-    batch = 4096 if device.type == "cuda" else 16
-    while device.type == "cuda" and batch > 1:
-        torch.compiler.reset()  # a graph of its own for each size, not one for any size
-        try:
-            ready(batch)()
-            synchronize(device)
-            break
-        except RuntimeError as error:
-            if not launch.out_of_memory(error):
-                raise
-            batch //= 2
-        torch.cuda.empty_cache()
-    return batch
-
-
-def peak_memory(device: torch.device) -> str:
-    """The most memory used: of a GPU by tensors since the last reset, else by the process since its start."""
-    if device.type == "cuda":
-        return f"{torch.cuda.max_memory_allocated(device) / 1e9:.2f} GB at its peak"
-    import resource  # which Windows lacks
-
-    used = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
-    return f"{used / 1e9:.2f} GB, the process's high-water mark"
-
-
-def network_to_time(arguments: Namespace) -> tuple[nn.Module, Settings]:
-    """A checkpoint's network, or a fresh one for 1000 classes, as `open_network` gives it."""
-    sizes = {name: getattr(arguments, name) for name in ("model", "img_size", "patch_size")}
-    sizes = {name: value for name, value in sizes.items() if value}
-    if arguments.checkpoint:
-        if sizes or arguments.distilled:
-            raise UserError("a checkpoint has its own model and sizes; leave out their flags")
-        network, s = open_network(arguments.checkpoint, arguments)
-    else:
-        s = complete({"data": "imagenet", "distill": "label" if arguments.distilled else "none"} | sizes)
-        if arguments.distilled and not s.distilled:
-            raise UserError("--distilled is about a second token, which only tiny, small and base have")
-        check_sizes(s.model, s, 2)
-        network = build_network(s, 1000).to(arguments.device)
-        network.num_classes = 1000
-    if not isinstance(network, DeiT):
-        network = network.to(memory_format=torch.channels_last)  # as in training
-    return network.requires_grad_(True), s
-
-
 def throughput(arguments: Namespace) -> None:
     """Images/s of inference and of training steps, and the share of the device's own peak that they reach.
 
-    The paper's protocol: the largest batch that fits (on a GPU the largest power of two up to 4096, elsewhere
-    16), the mean of 30 runs. A training step is forward, loss, backward and optimizer, without data, teacher
-    and augmentation (which has a line of its own); it counts three times the FLOPs of inference. The peak is
-    the best of several large matrix products of the same precision.
+    The mean of 30 runs, as in the paper, which takes the largest batch that fits: raise --batch-size until
+    one does not. A training step is forward, loss, backward and optimizer, without data, teacher and
+    augmentation (which has a line of its own); it counts three times the FLOPs of inference. The peak is the
+    best of several large matrix products of the same precision.
     """
-    network, s = network_to_time(arguments)
-    device, size, runs, precision = arguments.device, s.img_size, arguments.runs, arguments.precision
-    dtype = launch.compute_dtype(precision, device)
+    device, precision, runs = arguments.device, arguments.precision, arguments.runs
+    sizes = {name: getattr(arguments, name) for name in ("model", "img_size", "patch_size")}
+    s = complete({"data": "imagenet", "distill": "label" if arguments.distilled else "none"} | sizes)
+    if s.distilled != arguments.distilled:
+        raise UserError("--distilled is about a second token, which only tiny, small and base have")
+    check_sizes(s.model, s, 2)
+    network = build_network(s, 1000).to(device)
     model = torch.compile(network) if arguments.compile else network
-    optimizer = build_optimizer(network, s)
+    optimizer, dtype = build_optimizer(network, s), launch.compute_dtype(precision, device)
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
+    count = arguments.batch_size or (512 if device.type == "cuda" else 16)
+    images = torch.randint(256, (count, 3, s.img_size, s.img_size), dtype=torch.uint8, device=device)
+    inputs, labels = normalize(images), torch.arange(count, device=device) % 1000
 
-    def batch(count: int) -> tuple[Tensor, Tensor]:
-        labels = torch.arange(count, device=device) % network.num_classes
-        return torch.randint(256, (count, 3, size, size), dtype=torch.uint8, device=device), labels
+    @torch.no_grad()
+    def inference() -> None:
+        with autocast(precision, device):
+            model(inputs)
 
-    def ready(count: int) -> Callable:
-        """A step on so many images: of training if the network is in that mode, else of inference."""
-        pixels, labels = batch(count)
-        inputs = normalize(pixels)
-
-        @torch.no_grad()
-        def infer() -> None:
-            with autocast(precision, device):
-                model(inputs)
-
-        def learn() -> None:
-            with autocast(precision, device):
-                loss = label_loss(model(inputs), labels)
-            scaler.scale(loss).backward()
-            scaler.step(optimizer)
-            scaler.update()
-            optimizer.zero_grad()
-
-        return learn if network.training else infer
+    def training() -> None:
+        with autocast(precision, device):
+            loss = label_loss(model(inputs), labels)
+        scaler.scale(loss).backward()
+        scaler.step(optimizer)
+        scaler.update()
+        optimizer.zero_grad()
 
     name = torch.cuda.get_device_name() if device.type == "cuda" else f"{torch.get_num_threads()} threads"
-    flops, weights = count_flops(network, size), sum(p.numel() for p in network.parameters())
-    print(f"{s.model} at {size} pixels: {weights / 1e6:.1f} M parameters, {flops / 1e9:.2f} GFLOP an image")
+    flops, weights = count_flops(network, s.img_size), sum(p.numel() for p in network.parameters()) / 1e6
+    print(f"{s.model} at {s.img_size} pixels: {weights:.1f} M parameters, {flops / 1e9:.2f} GFLOP an image")
     print(f"{str(dtype).removeprefix('torch.')} on {device} ({name}), torch {torch.__version__}")
     peak, side = matmul_peak(dtype, device)
     print(f"peak          {peak / 1e12:.3g} TFLOP/s, the best of 5 products of {side} × {side} matrices")
-    for word, cost in (("inference", flops), ("training", 3 * flops)):
-        model.train(word == "training")
-        count = arguments.batch_size or largest_batch(ready, device)
-        if device.type == "cuda":
-            torch.cuda.reset_peak_memory_stats(device)
-        rate = count / seconds(ready(count), runs, device)
-        share = f"{rate * cost / 1e12:.3g} TFLOP/s, {100 * rate * cost / peak:.1f} % of the peak"
-        told = f"{rate:.1f} images/s, batch {count}, mean of {runs} runs; {share}; {peak_memory(device)}"
-        print(f"{word:12}  {told}", flush=True)
-    augment, generator, images = Augment(network.num_classes), keyed_generator("throughput"), batch(count)
-    rate = count / seconds(lambda: augment(*images, generator), runs, device)
+    for step, cost in ((inference, flops), (training, 3 * flops)):
+        model.train(step is training)
+        rate = count / seconds(step, runs, device)
+        print(f"{step.__name__:12}  {rate:.1f} images/s, batch {count}, mean of {runs} runs; ", end="")
+        print(f"{rate * cost / 1e12:.3g} TFLOP/s, {100 * rate * cost / peak:.1f} % of the peak", flush=True)
+    augment, generator = Augment(1000), keyed_generator("throughput")
+    rate = count / seconds(lambda: augment(images, labels, generator), runs, device)
     print(f"augmentation  {rate:.1f} images/s, batch {count}, mean of {runs} runs")
 
 
@@ -515,12 +455,11 @@ WORDS = {
     compare: VAL | PRECISION,
     tokens: VAL,
     throughput: PRECISION | {
-        "checkpoint": CKPT | {"nargs": "?"},
-        "--model": dict(help="a network, as in train.py [tiny]"),
-        "--img-size": dict(type=PIXELS, help="side of the images, pixels [224]"),
-        "--patch-size": dict(type=PIXELS, help="side of a patch, pixels [16]"),
+        "--model": dict(default="tiny", help="a network, as in train.py [tiny]"),
+        "--img-size": dict(type=PIXELS, default=224, help="side of the images, pixels [224]"),
+        "--patch-size": dict(type=PIXELS, default=16, help="side of a patch, pixels [16]"),
         "--distilled": dict(action="store_true", help="with a distillation token"),
-        "--batch-size": dict(type=COUNT, help="images [the most that fit; 16 without a GPU]"),
+        "--batch-size": dict(type=COUNT, help="images [512; 16 without a GPU]"),
         "--runs": dict(type=COUNT, default=30, help="how many to take the mean of [30]"),
         "--compile": dict(action="store_true", help="use torch.compile"),
     },

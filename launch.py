@@ -122,6 +122,7 @@ class Progress:
     def __init__(self, step: int, steps: int, batch_size: int):
         self.first, self.steps, self.batch_size = step, steps, batch_size
         self.started = self.shown = time.monotonic()
+        self.told = False  # how long it will take
 
     def due(self) -> bool:
         return rank() == 0 and time.monotonic() - self.shown > (0.5 if sys.stdout.isatty() else 15)
@@ -129,8 +130,13 @@ class Progress:
     def show(self, step: int, text: str) -> None:
         self.shown = time.monotonic()
         seconds = (self.shown - self.started) / (step - self.first)  # a step
-        minutes, rest = divmod(int(seconds * (self.steps - step)), 60)
-        rate = f"{self.batch_size / seconds:.0f} images/s  {minutes}:{rest:02} left"
+        left = int(seconds * (self.steps - step))
+        if not self.told and self.shown - self.started > 5:
+            slow = left > 2 * 3600 and not torch.cuda.is_available()
+            hint = "; for a quick run without a GPU add --limit 5000 --epochs 10" if slow else ""
+            print0(f"these {self.steps - self.first} steps will take about {timedelta(seconds=left)}{hint}")
+            self.told = True
+        rate = f"{self.batch_size / seconds:.0f} images/s  {timedelta(seconds=left)} left"
         print0(f"{text}  {rate}", end="" if sys.stdout.isatty() else "\n")
 
 

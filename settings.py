@@ -72,6 +72,8 @@ class Settings:
     teacher_weights: str = setting("", str, "'published' (torchvision's), or a checkpoint's path or URL; "
                                    "without it a teacher is trained first on the same data, beside the run")
     teacher_epochs: int = setting(300, COUNT, "epochs of a teacher")
+    remember_labels: bool = setting(False, bool, "hard: keep the teacher's labels beside the run, for "
+                                    "other students of the same data, augmentation, batch and seed")
     tau: float = setting(3.0, number(float, 1e-6, 1e6), "temperature τ of soft distillation")
     lam: float = setting(0.1, SHARE, "weight λ of the teacher's term in soft distillation")
 
@@ -203,6 +205,7 @@ def build_parser(prog: str, doc: str, kind: type = Settings, shown: dict = BARE,
 
 # These do not change what a run computes: a resumed run may have others, a teacher serves for all of them.
 INCIDENTAL = {"out", "workers", "device", "compile", "resume", "overwrite", "save_every", "skip_broken"}
+INCIDENTAL |= {"remember_labels"}
 # A resumed run may move to other machines.
 ADJUSTABLE = INCIDENTAL | {"accumulate", "data_path"}
 
@@ -248,6 +251,8 @@ def check(s: Settings) -> None:
     if s.batch_size % parts:
         text = f"--batch-size {s.batch_size} does not divide into processes × --accumulate = {parts} parts"
         raise UserError(f"{text}; try {math.ceil(s.batch_size / parts) * parts}")
+    if s.remember_labels and s.distill != "hard":
+        raise UserError("--remember-labels is for --distill hard alone, which needs only a teacher's labels")
     if s.warmup_epochs >= s.epochs:
         raise UserError(f"--warmup-epochs must be less than --epochs, {s.epochs}")
     if loss.token and not loss.teacher and not s.distilled:

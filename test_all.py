@@ -5,8 +5,6 @@ finite differences, a second way of computing. `python -m pytest -q` takes minut
 """
 
 import contextlib
-import dataclasses
-import http.server
 import io
 import itertools
 import json
@@ -21,10 +19,10 @@ import signal
 import socket
 import subprocess
 import sys
-import threading
 import time
 import zipfile
 from collections import Counter
+from copy import deepcopy
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -34,7 +32,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 import torchvision
-from PIL import Image, ImageEnhance, ImageFilter, ImageOps
+from PIL import Image, ImageEnhance, ImageOps
 from torch import nn
 from torch.distributed.run import get_args_parser as torchrun_parser
 from torch.optim.optimizer import register_optimizer_step_post_hook
@@ -54,7 +52,7 @@ from distill import LOSSES, REGNETY, create_teacher, hard_distillation_loss, pre
 from launch import UserError
 from model import Attention, Block, DeiT, DropPath, attend, create_model, fuse, load_weights
 from settings import Settings, build_parser, complete
-from train import build_network, evaluate, load_teacher
+from train import build_network
 
 CPU = torch.device("cpu")
 torch.set_num_threads(1)  # on tensors as small as here more threads take longer
@@ -89,6 +87,20 @@ def run_script(script, main, monkeypatch, *words):
 run_train = partial(run_script, "train.py", train.main)
 run_finetune = partial(run_script, "finetune.py", finetune.main)
 run_evaluate = partial(run_script, "evaluate.py", measure.main)
+
+
+@pytest.fixture
+def output(monkeypatch, capsys):
+    """Runs a program, and gives what it printed; with code 2 the one line on standard error that ended it."""
+
+    def output(run, *words, code=0):
+        assert run(monkeypatch, *words) == code
+        told, error = capsys.readouterr()
+        assert code != 2 or error.startswith("error: ") and error.count("\n") == 1, error
+        return error if code == 2 else told
+
+    return output
+
 
 # Runs that are to be killed, or of several processes, are forked from a server that has imported everything
 SERVER = multiprocessing.get_context("forkserver")
@@ -133,24 +145,18 @@ def fork_two(main, words, told=os.devnull):
 
 def run_with(fault=None, main=train.main):
     """A program with a fault (what, when, signal): the signal comes at the when-th of all calls of what."""
-    what, when, number = fault or (None, 0, 0)
-    calls = Counter()
+    places = {"step": (train, "learning_rate"), "write": (os, "fsync"), "rename": (os, "replace")}
+    places |= {"evaluation": (train, "fuse"), "teacher": (train, "create_teacher")}
+    if fault:
+        (what, when, number), calls = fault, itertools.count(1)
+        plain = getattr(*places[what])
 
-    def hurt(module, name):
-        plain = getattr(module, name)
-
-        def wrapped(*arguments, **options):
-            calls[what] += 1
-            if calls[what] == when:
+        def hurt(*arguments, **options):
+            if next(calls) == when:
                 os.kill(os.getpid(), number)
             return plain(*arguments, **options)
 
-        setattr(module, name, wrapped)
-
-    places = {"step": (train, "learning_rate"), "write": (os, "fsync"), "rename": (os, "replace")}
-    places |= {"evaluation": (train, "fuse"), "teacher": (train, "create_teacher")}
-    if what:
-        hurt(*places[what])
+        setattr(*places[what], hurt)
     launch.run_program(main)
 
 
@@ -282,21 +288,16 @@ def test_gradients_are_finite_differences():
     assert torch.autograd.gradcheck(loss, tuple(named.values()), fast_mode=True)
 
 
-def test_patches_are_read_row_by_row_and_tokens_are_class_distillation_patches():
-    model = create_model("tiny", img_size=32, patch_size=8, distilled=True)
+def test_tokens_are_class_distillation_patches_row_by_row_and_each_head_reads_its_own():
+    model = create_model("tiny", img_size=32, patch_size=8, distilled=True, num_classes=7).eval()
     images = torch.randn(2, 3, 32, 32)
-    tokens = model.embed(images) - model.pos_embed
+    x = model.embed(images)
+    tokens = x - model.pos_embed
     torch.testing.assert_close(tokens[0, 0], model.cls_token[0, 0])
     torch.testing.assert_close(tokens[1, 1], model.dist_token[0, 0])
     patch = images[1, :, 8:16, 16:24].flatten()  # row 1, column 2
     weight, bias = model.patch_embed.proj.weight.flatten(1), model.patch_embed.proj.bias
     torch.testing.assert_close(tokens[1, 2 + 1 * 4 + 2], weight @ patch + bias, rtol=1e-4, atol=1e-5)
-
-
-def test_each_head_reads_its_own_token_and_attention_can_be_looked_at():
-    model = create_model("tiny", img_size=32, patch_size=16, distilled=True, num_classes=7).eval()
-    images = torch.randn(2, 3, 32, 32)
-    x = model.embed(images)
     for block, weights in zip(model.blocks, model.attention_weights(images), strict=True):
         torch.testing.assert_close(weights, block.attn.weights(block.norm1(x)))
         x = block(x)  # all tokens, where forward computes only those that are read
@@ -330,15 +331,6 @@ def test_stochastic_depth_grows_linearly_and_keeps_the_expectation():
     block, x = Block(64, 1, drop_path=0.999999), torch.ones(2, 3, 64)
     assert torch.equal(block(x), x)  # both branches are dropped, the residual stays
     assert not torch.equal(block.eval()(x), x)
-
-
-def test_an_exported_model_takes_batches_of_any_size():
-    model = create_model("tiny", num_classes=5, img_size=16, patch_size=8, depth=2, distilled=True).eval()
-    batch = {0: torch.export.Dim("batch", max=1024)}
-    program = torch.export.export(model, (torch.randn(4, 3, 16, 16),), dynamic_shapes=(batch,)).module()
-    for count in (1, 2, 7):
-        images = torch.randn(count, 3, 16, 16)
-        torch.testing.assert_close(program(images), model(images))
 
 
 def test_fused_prediction_adds_the_two_softmaxes():
@@ -617,9 +609,6 @@ def test_geometric_operations_are_pillows_bicubic_ones(name, samples):
         pixels = torch.cat([pixels for pixels in differences if (len(pixels) <= 100) == small])
         assert (pixels > 1).float().mean() < (0.02 if small else 2e-3)
         assert pixels[pixels <= 1].float().mean() < 0.05
-    white = torch.full((1, 3, 40, 40), 255, dtype=torch.uint8)
-    moved = augment.OPERATIONS[name](white, torch.tensor([RANGES[name][-1]]))
-    assert moved[0, :, 39, 39].tolist() == [124, 116, 104]  # the mean color
 
 
 def test_each_image_of_a_batch_gets_its_own_operation_and_argument(samples):
@@ -647,10 +636,6 @@ def follows(draws, expected):
     values = np.concatenate([draws, expected])
     below = [np.searchsorted(x, values, side="right") / len(x) for x in (draws, expected)]
     return np.abs(below[0] - below[1]).max() < 2.47 * math.sqrt(1 / len(draws) + 1 / len(expected))
-
-
-def evenly(count):
-    return dict.fromkeys(range(count), 1 / count)
 
 
 def uncorrelated(a, b):
@@ -703,7 +688,8 @@ def drawn(monkeypatch):
 def test_randaugment_applies_two_of_fifteen_by_half_at_normal_magnitudes_with_a_coins_sign(drawn):
     (first, one), (second, two) = drawn(augment.RandAugment(), 300_000)
     applied = (first >= 0) & (second >= 0)
-    assert follows(applied, {True: 0.25}) and follows((15 * first + second)[applied], evenly(225))
+    pairs = dict.fromkeys(range(225), 1 / 225)
+    assert follows(applied, {True: 0.25}) and follows((15 * first + second)[applied], pairs)
     for op, signed in ((first, one), (second, two)):
         assert follows(op >= 0, {True: 0.5}) and follows(signed > 0, {True: 0.5})
         assert follows(10 * signed.abs(), np.random.default_rng(3).normal(9, 0.5, 200_000).clip(0, 10))
@@ -743,21 +729,18 @@ def test_color_jitter_does_its_three_operations_in_any_order_within_its_strength
     assert uncorrelated(factors[0], factors[1]) and uncorrelated(factors[1], factors[2])
 
 
-def test_half_of_the_images_are_mirrored():
+def test_half_of_the_images_are_mirrored_and_small_ones_cut_out_of_their_own_padding_anywhere():
     images = noise(20_000, 3, 2, 4)
     flipped = augment.random_flip(images, generator())
     mirrored = (flipped == torch.from_numpy(images.numpy()[..., ::-1].copy())).flatten(1).all(dim=1)
     assert follows(mirrored, {True: 0.5}) and torch.equal(flipped[~mirrored], images[~mirrored])
-
-
-def test_pad_and_crop_cuts_each_image_out_of_its_own_padding_at_any_offset():
     images = noise(10, 3, 5, 6) | 1  # no black but the padding's
     padded = np.pad(images.numpy(), [(0, 0), (0, 0), (4, 4), (4, 4)])
     cuts = {padded[i, :, y : y + 5, x : x + 6].tobytes(): (i, 9 * y + x) for i, y, x in np.ndindex(10, 9, 9)}
     which = torch.arange(40_000) % 10
     crops = augment.pad_and_crop(images[which], generator())
     found = torch.tensor([cuts[crop.tobytes()] for crop in crops.numpy()])
-    assert torch.equal(found[:, 0], which) and follows(found[:, 1], evenly(81))
+    assert torch.equal(found[:, 0], which) and follows(found[:, 1], dict.fromkeys(range(81), 1 / 81))
 
 
 def check_boxes(ours, theirs, height, width):
@@ -803,22 +786,16 @@ def test_random_crops_are_pillows_crop_and_antialiased_bicubic_resize_of_random_
         assert difference.max() <= 2 and difference.float().mean() < 0.25
 
 
-@pytest.mark.parametrize("shape", [(64, 64, 56), (128, 96, 42), (64, 96, 28), (16, 24, 56), (70, 64, 48)])
-def test_center_crop_is_pillows_resize_to_size_over_0875_and_crop(shape):
+@pytest.mark.parametrize("shape", [(64, 64, 56), (128, 96, 42), (64, 96, 28), (16, 24, 56), (70, 100, 45)])
+def test_evaluation_crops_are_torchvisions_of_pillows_pictures_to_the_bit_from_files(shape):
     height, width, size = shape
     images, short = soft_pictures(5, height, width), math.floor(size * 256 / 224)
-    scaled = width * short // min(height, width), height * short // min(height, width)
-    left, top = (round((side - size) / 2) for side in scaled)
+    resize = torchvision.transforms.Resize(short, torchvision.transforms.InterpolationMode.BICUBIC)
     for image, ours in zip(images, augment.center_crop(images, size), strict=True):
-        pillow = to_pillow(image).resize(scaled, BICUBIC)
-        assert levels_apart(ours, pillow.crop((left, top, left + size, top + size))).max() <= 1
+        expected = torchvision.transforms.CenterCrop(size)(resize(to_pillow(image)))
+        assert levels_apart(ours, expected).max() <= 1
+        assert levels_apart(crop_file(to_pillow(image), size, None), expected).max() == 0
     assert torch.equal(augment.center_crop(noise(2, 3, size, size), size), noise(2, 3, size, size))
-
-
-def test_normalize_is_torchvisions():
-    images, mean, std = noise(4, 3, 9, 7), (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
-    expected = torchvision.transforms.functional.normalize(images / 255, mean, std)
-    torch.testing.assert_close(augment.normalize(images), expected, rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize("probability", [0, 0.25, 0.6, 1.0])
@@ -830,15 +807,14 @@ def test_erasing_happens_with_its_probability_to_a_copy(probability):
     assert follows((outputs != inputs).flatten(1).any(dim=1), {True: probability})
     assert augment.RandomErasing(probability, inplace=True)(inputs, generator()) is inputs
     assert torch.equal(inputs, outputs)  # and the same generator gives the same noise
-    tiny = torch.randn(100, 3, 1, 1)  # no box is smaller than one pixel
-    assert torch.equal(augment.RandomErasing(probability)(tiny, generator()), tiny)
 
 
 @pytest.mark.parametrize(("height", "width"), [(48, 64), (40, 24)])
-def test_erased_boxes_are_those_of_torchvisions_random_erasing(height, width):
+def test_erased_boxes_are_torchvisions_random_erasings_full_of_normal_noise(height, width):
     torch.manual_seed(0)
     inputs, ours = torch.full((6_000, 3, height, width), 100.0), []
-    changed = augment.RandomErasing(1)(inputs, generator()) != inputs
+    outputs = augment.RandomErasing(1)(inputs, generator())
+    changed = outputs != inputs
     assert torch.equal(changed.any(dim=1), changed.all(dim=1))  # all three channels
     for picture in changed[:, 0].numpy():
         rows, columns = np.flatnonzero(picture.any(axis=1)), np.flatnonzero(picture.any(axis=0))
@@ -847,13 +823,8 @@ def test_erased_boxes_are_those_of_torchvisions_random_erasing(height, width):
     erase = torchvision.transforms.RandomErasing.get_params
     theirs = [erase(inputs[0], (0.02, 1 / 3), (0.3, 1 / 0.3), [0.0])[:4] for _ in range(6_000)]
     check_boxes(ours, theirs, height, width)
-
-
-def test_erased_pixels_are_normal_each_channel_its_own():
-    inputs = torch.full((600, 3, 32, 32), 100.0)
-    outputs = augment.RandomErasing(1)(inputs, generator())
-    pixels = outputs.permute(0, 2, 3, 1)[(outputs != inputs).all(dim=1)]  # (n, 3)
-    for k in range(3):
+    pixels = outputs.permute(0, 2, 3, 1)[changed[:, 0]][:100_000]  # (n, 3)
+    for k in range(3):  # each channel its own
         assert follows(pixels[:, k], np.random.default_rng(5).normal(size=1_000_000))
         assert uncorrelated(pixels[:, k], pixels[:, k - 1]) and uncorrelated(pixels[1:, k], pixels[:-1, k])
     assert len(pixels.unique()) > 0.95 * pixels.numel()  # chance repeats a few float32 values
@@ -919,6 +890,8 @@ POLICIES = dict(randaugment=augment.RandAugment, autoaugment=augment.AutoAugment
 @pytest.mark.parametrize("policy", [*POLICIES, "off"])
 def test_a_step_is_flip_policy_normalize_erase_mix_and_follows_its_generator(policy):
     images, labels = noise(16, 3, 20, 20), torch.arange(16) % 10
+    theirs = torchvision.transforms.Normalize((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))(images / 255)
+    torch.testing.assert_close(augment.normalize(images), theirs, rtol=1e-5, atol=1e-6)
     step = augment.Augment(10, policy, erasing=0.25, mixup=0.8, cutmix=1.0, smoothing=0.1)
     draws, mine, expected = generator(3), generator(3), images
     if policy != "off":
@@ -929,9 +902,8 @@ def test_a_step_is_flip_policy_normalize_erase_mix_and_follows_its_generator(pol
     assert torch.equal(inputs, expected[0]) and torch.equal(targets, expected[1])
     assert torch.equal(mine.get_state(), draws.get_state())
     assert not torch.equal(step(images, labels, mine)[0], inputs)  # the next draws are others
-    for refuses in (augment.normalize, lambda images: step(images, labels, draws)):
-        with pytest.raises(ValueError, match="images must be uint8, not torch.float32"):
-            refuses(images / 255)
+    with pytest.raises(ValueError, match="images must be uint8, not torch.float32"):
+        step(images / 255, labels, draws)
 
 
 @pytest.mark.parametrize("policy", [*POLICIES, "off"])
@@ -973,12 +945,6 @@ def test_a_gpu_gives_the_cpus_pixels_without_a_synchronization(policy, size):
         assert torch.equal(erased, again[3])
 
 
-def test_keyed_generators_repeat_with_their_key_and_differ_between_keys():
-    keys = [(0, "crop", 1, 0), (0, "crop", 1, 1), (0, "crop", 2, 0), (1, "crop", 1, 0), (0, "mix", 1, 0)]
-    draws = [torch.rand(50, generator=augment.keyed_generator(*key)) for key in [*keys, keys[2]]]
-    assert len({draw.numpy().tobytes() for draw in draws}) == len(keys) and torch.equal(draws[5], draws[2])
-
-
 def deal(size, ranks, epoch=0, **settings):
     """The list that the ranks' shares of an epoch were dealt from."""
     shares = []
@@ -1001,17 +967,14 @@ def test_repeated_augmentation_shows_a_third_of_the_images_three_times_in_a_row(
     assert len(set(shown.tolist())) == len(shown) == math.ceil(len(dealt) / repeats)
 
 
-def test_each_epoch_and_seed_has_a_shuffle_of_its_own():
+def test_each_key_has_a_generator_and_each_epoch_and_seed_a_shuffle_of_its_own():
+    keys = [(0, "crop", 1, 0), (0, "crop", 1, 1), (0, "crop", 2, 0), (1, "crop", 1, 0), (0, "mix", 1, 0)]
+    draws = [torch.rand(50, generator=augment.keyed_generator(*key)) for key in [*keys, keys[2]]]
+    assert len({draw.numpy().tobytes() for draw in draws}) == len(keys) and torch.equal(draws[5], draws[2])
     orders = [deal(600, 2, epoch, seed=seed) for epoch, seed in [(0, 0), (1, 0), (2, 0), (0, 1)]]
     assert len({order.tobytes() for order in orders}) == 4
     assert np.array_equal(deal(600, 2, 1), orders[1])
     assert follows(np.concatenate([deal(600, 1, epoch)[::3] for epoch in range(100)]), np.arange(600))
-
-
-@pytest.mark.parametrize(("size", "ranks", "rank", "repeats"), [(0, 1, 0, 3), (9, 2, 2, 3), (9, 1, 0, 0)])
-def test_samplers_that_cannot_be_are_refused(size, ranks, rank, repeats):
-    with pytest.raises(ValueError, match=f"no sampler of {size} images"):
-        augment.RepeatedAugmentSampler(size, ranks, rank, num_repeats=repeats)
 
 
 # ---- The paper: recipe ----
@@ -1019,11 +982,9 @@ def test_samplers_that_cannot_be_are_refused(size, ranks, rank, repeats):
 
 def test_the_imagenet_recipe_is_table_9():
     s = complete({"data": "imagenet"})
-    table = dict(
-        epochs=300, batch_size=1024, optimizer="adamw", lr=0.0005, weight_decay=0.05, warmup_epochs=5
-    )
-    table |= dict(smoothing=0.1, dropout=0, drop_path=0.1, repeats=3, clip_grad=0, augment="randaugment")
-    table |= dict(mixup=0.8, cutmix=1.0, erasing=0.25)
+    table = dict(epochs=300, batch_size=1024, optimizer="adamw", lr=0.0005, weight_decay=0.05)
+    table |= dict(warmup_epochs=5, smoothing=0.1, dropout=0, drop_path=0.1, repeats=3, clip_grad=0)
+    table |= dict(augment="randaugment", mixup=0.8, cutmix=1.0, erasing=0.25)
     table |= dict(warmup_lr=1e-6, min_lr=1e-5, tau=3.0, lam=0.1, img_size=224, patch_size=16, depth=12)
     table |= dict(teacher="regnet_y_16gf", teacher_weights="published")
     assert {name: getattr(s, name) for name in table} == table
@@ -1056,22 +1017,15 @@ def test_weight_decay_spares_biases_norms_tokens_and_position_embeddings():
 
 
 def test_the_moving_average_starts_from_the_initial_weights(tmp_path, monkeypatch):
-    seen = []
-
-    def watch(optimizer, *_):
-        seen.append([p.detach().clone() for group in optimizer.param_groups for p in group["params"]])
-
-    hook = register_optimizer_step_post_hook(watch)
+    networks, seen = [], []
+    monkeypatch.setattr("train.build_network", lambda *of: networks.append(build_network(*of)) or networks[0])
+    hook = register_optimizer_step_post_hook(lambda *_: seen.append(deepcopy(networks[0].state_dict())))
     assert run_train(monkeypatch, *flags(QUICK | {"ema": 0.8, "out": tmp_path / "run"})) == 0
     hook.remove()
-    s = complete(QUICK)
-    network = build_network(s, 10)
-    order = [p for group in train.build_optimizer(network, s).param_groups for p in group["params"]]
-    with torch.no_grad():
-        for average, weight in (pair for weights in seen for pair in zip(order, weights, strict=True)):
-            average.copy_(0.8 * average + 0.2 * weight)
-    for key, value in saved(tmp_path / "run")["ema"].items():
-        torch.testing.assert_close(value, network.state_dict()[key])
+    average = build_network(complete(QUICK), 10).state_dict()
+    for weights in seen:
+        average = {key: 0.8 * value + 0.2 * weights[key] for key, value in average.items()}
+    torch.testing.assert_close(dict(saved(tmp_path / "run")["ema"]), average)
 
 
 # ---- The paper: resolution and transfer ----
@@ -1093,7 +1047,6 @@ def test_higher_resolution_of_imagenet_is_the_papers_recipe():
     assert tuned({}).items() >= table.items()
     rates = [train.learning_rate(step, 1000, 100, Settings(**table)) for step in range(100, 1001)]
     assert set(rates) == {5e-6}  # constant after the warm-up
-    assert tuned({"epochs": 3})["warmup_epochs"] == pytest.approx(0.3)
 
 
 @pytest.mark.parametrize("name", ["cifar10", "cifar100", "flowers102", "cars", "inat2018", "folder"])
@@ -1111,46 +1064,39 @@ def test_transfer_has_the_authors_recipe_and_a_short_one(name):
     assert tuned(short | {"optimizer": "sgd", "lr": 0.1})["lr"] == 0.1
 
 
-ADAPTED = {"num_classes": 3, "img_size": 16, "patch_size": 8, "depth": 2}
+def test_a_distillation_token_that_is_added_starts_as_the_class_token_and_one_can_be_dropped():
+    sizes = {"num_classes": 3, "img_size": 16, "patch_size": 8, "depth": 2}
+    plain, added, distilled = (create_model("tiny", distilled=n > 0, **sizes).eval() for n in range(3))
+    images, fresh = torch.randn(4, 3, 16, 16), added.dist_token.detach().clone()
+    assert finetune.adapt(plain.state_dict(), added, True)[0].startswith("a distillation token is added")
+    torch.testing.assert_close(added.dist_token, plain.cls_token + fresh)  # or both would learn the same
+    added.dist_token.data.copy_(added.cls_token)
+    torch.testing.assert_close(*added(images))  # but for the draw, position and head are the class token's
+    assert finetune.adapt(distilled.state_dict(), plain, True) == ["the distillation token is dropped"]
+    tokens, theirs = [n for n in range(6) if n != 1], distilled.state_dict()
+    torch.testing.assert_close(plain.embed(images), distilled.embed(images)[:, tokens])
+    assert all(torch.equal(p, theirs[key]) for key, p in plain.state_dict().items() if key != "pos_embed")
 
 
-def test_a_distillation_token_that_is_added_starts_as_the_class_token():
-    plain, network = (create_model("tiny", distilled=token, **ADAPTED) for token in (False, True))
-    fresh = network.dist_token.detach().clone()
-    assert finetune.adapt(plain.state_dict(), network, True)[0].startswith("a distillation token is added")
-    torch.testing.assert_close(network.dist_token, plain.cls_token + fresh)  # or both would learn the same
-    with torch.no_grad():
-        network.dist_token.copy_(network.cls_token)
-    first, second = network.eval()(torch.randn(4, 3, 16, 16))
-    torch.testing.assert_close(first, second)  # but for the draw, position and head are the class token's
-
-
-def test_a_distillation_token_that_is_dropped_leaves_the_rest_as_it_was():
-    network, distilled = (create_model("tiny", distilled=token, **ADAPTED) for token in (False, True))
-    assert finetune.adapt(distilled.state_dict(), network, True) == ["the distillation token is dropped"]
-    images, tokens = torch.randn(2, 3, 16, 16), [n for n in range(6) if n != 1]
-    torch.testing.assert_close(network.embed(images), distilled.embed(images)[:, tokens])
-    theirs = distilled.state_dict()
-    assert all(torch.equal(p, theirs[key]) for key, p in network.state_dict().items() if key != "pos_embed")
-
-
-def test_a_teacher_is_brought_to_the_new_size_by_the_same_program(tmp_path, monkeypatch, capsys):
+def test_a_teacher_or_a_published_convnet_is_fine_tuned_by_the_same_program(tmp_path, monkeypatch, output):
     monkeypatch.chdir(tmp_path)
     words = QUICK | {"epochs": 1, "distill": "hard", "teacher": "resnet18", "teacher_epochs": 1}
     assert run_train(monkeypatch, *flags(words)) == 0
-    assert run_finetune(monkeypatch, *flags({"epochs": 1, "batch_size": 16, "out": "low"})) == 0
+    told = output(run_finetune, *flags({"epochs": 1, "batch_size": 16, "out": "low"}))
     (low,) = Path("runs").glob("teacher-shapes-16px-resnet18-*")
-    told = capsys.readouterr().out
     assert "the teacher sees the images at its own 16 pixels; to bring it along first:" in told
     assert f"  python finetune.py --checkpoint {low}/last.pth --img-size 24 --out OUT" in told
-    words = {"img_size": 24, "epochs": 1, "limit": 55, "batch_size": 16, "out": "high"}
-    assert run_finetune(monkeypatch, *flags(words | {"checkpoint": low / "last.pth"})) == 0
+    words = {"img_size": 24, "epochs": 1, "limit": 55, "batch_size": 16}
+    output(run_finetune, *flags(words | {"checkpoint": low / "last.pth", "out": "high"}))
+    torch.save(distill.create_convnet("resnet18", 1000, 224).state_dict(), "published.pth")
+    monkeypatch.setattr("checkpoint.download", lambda url: Path("published.pth"))
+    words |= {"checkpoint": "resnet18", "data": "shapes", "out": "own"}
+    assert "resnet18: new heads for 10 classes" in output(run_finetune, *flags(words))
     words = {"teacher_weights": "high/last.pth", "batch_size": 16, "epochs": 1, "out": "tuned"}
-    assert run_finetune(monkeypatch, *flags(words)) == 0
-    assert "sees the images at its own" not in capsys.readouterr().out.rpartition("high/last.pth")[2]
+    assert "sees the images at its own" not in output(run_finetune, *flags(words))
+    assert saved("tuned")["settings"]["teacher_weights"] == "high/last.pth"
     before, after = (saved(out)["model"]["conv1.weight"] for out in (low, "high"))
     assert 0 < (after - before).norm() < 0.3 * before.norm()  # it did start there
-    assert saved("tuned")["settings"]["teacher_weights"] == "high/last.pth"
 
 
 def save_official(path, **options):
@@ -1162,70 +1108,45 @@ def save_official(path, **options):
 
 
 @pytest.mark.parametrize("distill", ["label", "none"])
-def test_an_official_file_transfers_to_a_folder_of_pictures(tmp_path, monkeypatch, capsys, distill):
+def test_an_official_file_transfers_to_a_folder_of_pictures(tmp_path, monkeypatch, output, distill):
     monkeypatch.chdir(tmp_path)
     write_folder(tmp_path / "data", STREAMED)
     write_folder(tmp_path / "pets", STREAMED, ("cat", "dog"))
     official = save_official("official.pth", distilled=distill == "label")  # 1000 classes
-
-    def run(start, out, expected, **more):
-        words = {"checkpoint": start, "epochs": 1, "batch_size": 4, "lr": 1e-9, "min_lr": 0, "warmup_lr": 0}
-        assert run_finetune(monkeypatch, *flags(words | {"workers": 0, "out": out} | more)) == 0
-        names = ("classes", "img_size", "distill", "model", "patch_size")
-        assert [saved(out)["settings"][name] for name in names] == [*expected, distill, "tiny", 16]
-        return capsys.readouterr().out
-
-    told = run("official.pth", "run", (["ant", "bee"], 32), data="folder", data_path="data")
+    words = {"data": "folder", "epochs": 1, "batch_size": 4, "workers": 0, "warmup_lr": 0, "lr": 1e-9}
+    told = output(run_finetune, *flags(words | {"min_lr": 0, "checkpoint": "official.pth", "out": "run"}))
+    tuned = saved("run")["model"]
     for key, value in official.state_dict().items():
         if key.startswith("head"):
-            assert saved("run")["model"][key].shape == (2, *value.shape[1:])
+            assert tuned[key].shape == (2, *value.shape[1:])
         else:
-            torch.testing.assert_close(saved("run")["model"][key], value, rtol=0, atol=1e-6)
+            torch.testing.assert_close(tuned[key], value, rtol=0, atol=1e-6)
     assert "official.pth: new heads for 2 classes\n" in told
     assert "before" not in told  # its heads say nothing of these classes
-    # and goes on from there: to as many other classes, or at another resolution with its own
-    pets = dict(data="folder", data_path="pets", recipe="paper")
-    told = run("run/last.pth", "other", (["cat", "dog"], 32), **pets)
-    assert "run/last.pth: new heads for 2 classes\n" in told
-    assert "before, at 32 pixels: class" in run("run/last.pth", "higher", (["ant", "bee"], 48))
+    # and goes on from there to as many other classes
+    words |= {"checkpoint": "run/last.pth", "data_path": "pets", "recipe": "paper", "out": "other"}
+    assert "run/last.pth: new heads for 2 classes\n" in output(run_finetune, *flags(words))
+    for out, classes in (("run", ["ant", "bee"]), ("other", ["cat", "dog"])):
+        known = {"classes": classes, "img_size": 32, "distill": distill, "model": "tiny", "patch_size": 16}
+        assert saved(out)["settings"].items() >= known.items()
 
 
-def test_a_published_convnet_learns_own_classes_and_then_teaches_them(tmp_path, monkeypatch, capsys):
-    monkeypatch.chdir(tmp_path)
-    write_folder(tmp_path / "data", [(50, 40), (30, 60)])
-    torch.save(distill.create_convnet("resnet18", 1000, 224).state_dict(), "published.pth")
-    monkeypatch.setattr("checkpoint.download", lambda url: Path("published.pth"))
-    words = {
-        "data": "folder",
-        "data_path": "data",
-        "epochs": 1,
-        "batch_size": 4,
-        "workers": 0,
-        "img_size": 32,
-    }
-    assert run_finetune(monkeypatch, *flags(words | {"checkpoint": "resnet18", "out": "teacher"})) == 0
-    assert "resnet18: new heads for 2 classes" in capsys.readouterr().out
-    words |= {"distill": "hard", "teacher": "resnet18", "teacher_weights": "teacher/last.pth", "depth": 2}
-    assert run_train(monkeypatch, *flags(words | {"out": "student"})) == 0
-
-
-def test_imagenets_own_weights_keep_their_heads(tmp_path, monkeypatch, capsys):
+def test_imagenets_own_weights_keep_their_heads(tmp_path, monkeypatch, output):
     monkeypatch.chdir(tmp_path)
     write_folder(tmp_path / "data", [(50, 40), (30, 60)])
     official = save_official("two.pth", num_classes=2)
     save_official("three.pth", num_classes=3)
     words = {"data_path": "data", "epochs": 1, "batch_size": 4, "workers": 0, "img_size": 48, "out": "run"}
-    assert run_finetune(monkeypatch, *flags(words | {"checkpoint": "two.pth"})) == 0
+    printed = output(run_finetune, *flags(words | {"checkpoint": "two.pth"}))
     s = Settings(data="imagenet", img_size=32, workers=0)
     before = train.evaluate(official, data.load_data(s, CPU, ("val",))[0], s, CPU)
-    printed = capsys.readouterr().out
     assert f"before, at 32 pixels: {train.accuracy_line(before)}\n" in printed
     assert "two.pth: position embeddings are resized\nat the start, at 48 pixels: class" in printed
     words |= {"checkpoint": "three.pth", "out": "other"}
-    assert run_finetune(monkeypatch, *flags(words)) == 2
-    assert "this recipe is too gentle for new heads; use --recipe short" in capsys.readouterr().err
-    assert run_finetune(monkeypatch, *flags(words), "--recipe", "short") == 0
-    assert "three.pth: new heads for 2 classes; position embeddings are resized\n" in capsys.readouterr().out
+    refused = output(run_finetune, *flags(words), code=2)
+    assert "this recipe is too gentle for new heads; use --recipe short" in refused
+    told = output(run_finetune, *flags(words), "--recipe", "short")
+    assert "three.pth: new heads for 2 classes; position embeddings are resized\n" in told
 
 
 @pytest.mark.parametrize(
@@ -1275,7 +1196,7 @@ def insects(tmp_path):
     return tmp_path, model
 
 
-def test_accuracy_is_the_share_of_right_images_on_one_process_and_on_two(insects, monkeypatch, capsys):
+def test_accuracy_is_the_share_of_right_images_on_one_process_and_on_two(insects, output):
     path, model = insects
     files = sorted((path / "images/val").rglob("*.png"))
     labels = torch.tensor([CLASSES.index(file.parent.name) for file in files])
@@ -1290,8 +1211,7 @@ def test_accuracy_is_the_share_of_right_images_on_one_process_and_on_two(insects
     (path / "images/train/elk").mkdir(parents=True)  # what lies beside the folder has no say
     (path / "images/val").rename(path / "images/shots")
     words = ["accuracy", path / "net.pth", "--val", path / "images/shots", "--per-class", "--device", "cpu"]
-    assert run_evaluate(monkeypatch, *words) == 0
-    alone = capsys.readouterr().out
+    alone = output(run_evaluate, *words)
     lines = alone.splitlines()
     assert lines[0].endswith(f"net.pth: 11 images of {path}/images/shots")
     assert lines[1:3] == list(told.values())
@@ -1299,14 +1219,6 @@ def test_accuracy_is_the_share_of_right_images_on_one_process_and_on_two(insects
     assert [line.split()[0::4] for line in lines[4:]] == [["6", "ant"], ["5", "bee"]]
     assert lines[5].split()[3] == f"{100 * right:.2f}"
     assert fork_two(partial(launch.run_program, measure.main), words, path / "told") == alone
-
-
-def test_of_equal_scores_the_class_of_lower_index_comes_first(monkeypatch):
-    scores = torch.tensor([[0, 1, 1, 0, 0, 0, 0.0], [2, 2, 2, 2, 2, 2, 2], [7, 6, 5, 4, 3, 2, 1]])
-    batches = [(None, [scores[:2]]), (None, [scores[2:]])]
-    monkeypatch.setattr(measure, "predictions", lambda *_: iter(batches))
-    first = measure.ranking(None, range(3), None, CPU)
-    assert first[:, 0].tolist() == [[1, 2, 0, 3, 4], [0, 1, 2, 3, 4], [0, 1, 2, 3, 4]]
 
 
 @pytest.mark.parametrize("sizes", [[(20, 20)], [(20, 30), (30, 20)]], ids=["held", "streamed"])
@@ -1330,7 +1242,7 @@ def test_evaluate_repeats_the_accuracy_that_training_ended_with(tmp_path, monkey
         assert told.count(f"{10 if len(sizes) > 1 else 11} images of") == 2
 
 
-def test_imagenet_real_takes_any_of_an_images_labels_and_skips_images_without(insects, monkeypatch, capsys):
+def test_imagenet_real_takes_any_of_an_images_labels_and_skips_images_without(insects, output):
     path, model = insects
     shutil.rmtree(path / "images/val/bee")
     files = [path / "images/val/ant" / f"ILSVRC2012_val_0000000{n}.png" for n in range(1, 7)]
@@ -1342,12 +1254,9 @@ def test_imagenet_real_takes_any_of_an_images_labels_and_skips_images_without(in
     real = [[(first + 1) % 7], [], [], [(fourth + 1) % 7, fourth], [], []]
     (path / "real.json").write_text(json.dumps(real))
     words = ["accuracy", path / "net.pth", "--val", path / "images/val", "--real", path / "real.json"]
-    assert run_evaluate(monkeypatch, *words) == 0
-    line = next(line for line in capsys.readouterr().out.splitlines() if "Real" in line)
-    assert line.startswith("  Real   class 50.00 %") and line.endswith("(2 images)")
+    assert re.search(r"\n  Real   class 50\.00 % .*\(2 images\)\n", output(run_evaluate, *words))
     (path / "real.json").write_text("[[1]]")
-    assert run_evaluate(monkeypatch, *words) == 2
-    assert "ILSVRC2012_val_*" in one_line(capsys)
+    assert "ILSVRC2012_val_*" in output(run_evaluate, *words, code=2)
 
 
 def test_classes_go_by_name_then_by_number_then_by_place():
@@ -1362,41 +1271,37 @@ def test_classes_go_by_name_then_by_number_then_by_place():
     assert indices(None, 12, ["0", "1", "10", "11", "2"]) == [0, 1, 10, 11, 2]  # ImageNet-V2
     assert indices(imagenet, 1000, ["1", "999", "5"]) == [1, 999, 5]
     assert indices(None, 1000, imagenet) == list(range(1000))
-    for classes, count, names in ((["a", "b"], 2, ["0", "1"]), (None, 3, ["3"]), (["a", "b"], 2, ["a", "z"])):
+    others = [(["a", "b"], 2, ["0", "1"]), (None, 3, ["3"]), (["a", "b"], 2, ["a", "z"])]
+    for classes, count, names in [*others, (None, 1000, [f"x{i}" for i in range(1000)])]:
         with pytest.raises(UserError, match="net.pth knows"):
             indices(classes, count, names)
-    with pytest.raises(UserError, match="net.pth knows ImageNet's 1000 classes; .* others: 'x0'"):
-        indices(None, 1000, [f"x{i}" for i in range(1000)])
 
 
-def test_compare_is_table_4_with_a_row_for_the_truth_and_each_head(tmp_path, monkeypatch, capsys):
+def test_compare_is_table_4_with_a_row_for_the_truth_and_each_head(tmp_path, output):
     truth, first, second = [0, 1, 2, 0, 1, 2], [0, 1, 2, 0, 0, 0], [1, 1, 2, 0, 2, 0]
     expected = torch.tensor([[0, 2, 3], [2, 0, 2], [3, 2, 0]]) / 6
     torch.testing.assert_close(measure.disagreement(torch.tensor([truth, first, second])).float(), expected)
     words = [tmp_path / f"{name}/last.pth" for name in "ab"] + ["--device", "cpu"]
     for n in (0, 1):
         save_network(words[n], list(data.SHAPES), distilled=n == 1)
-    assert run_evaluate(monkeypatch, "compare", *words) == run_evaluate(monkeypatch, "accuracy", *words) == 0
-    lines = capsys.readouterr().out.splitlines()
+    lines = output(run_evaluate, "compare", *words).splitlines()
     rows = [re.fullmatch(r"(\d) (.*?)  +([\d. ]+)", line).groups() for line in lines[2:7]]
     assert [row[1] for row in rows] == ["ground truth", "a", "b class", "b distillation", "b fused"]
     matrix = np.array([row[2].split() for row in rows], dtype=float)
     assert np.array_equal(matrix, matrix.T) and not matrix.diagonal().any()
-    right = [float(x) for line in lines[7:] if "top-1" in line for x in re.findall(r"([\d.]+) %", line)]
-    assert matrix[0, 1:].tolist() == pytest.approx([100 - share for share in right], abs=0.06)
-    save_network(tmp_path / "c.pth", ["x", "y"])
-    assert run_evaluate(monkeypatch, "compare", words[0], tmp_path / "c.pth") == 2
-    assert "knows 2 other classes; the data set has 'circle'" in one_line(capsys)
+    top1 = re.findall("top-1.*", output(run_evaluate, "accuracy", *words))
+    right = re.findall(r"([\d.]+) %", "".join(top1))
+    assert matrix[0, 1:].tolist() == pytest.approx([100 - float(share) for share in right], abs=0.06)
 
 
-def test_token_cosines_are_those_of_the_embeddings_after_each_block(tmp_path, monkeypatch, capsys):
+def test_token_cosines_are_those_of_the_embeddings_after_each_block(tmp_path, output):
     model, seen = save_network(tmp_path / "net.pth", list(data.SHAPES)), []
     model.blocks[0].register_forward_hook(lambda module, arguments, output: seen.append(output))
     model(augment.normalize(draw_shapes("val", 55, 16).images))
     pairs = seen[0][:, :2].detach().numpy()
     expected = np.mean([a @ b / np.linalg.norm(a) / np.linalg.norm(b) for a, b in pairs])
-    assert run_evaluate(monkeypatch, "tokens", tmp_path / "net.pth", "--device", "cpu") == 0
-    printed = [float(word) for word in capsys.readouterr().out.splitlines()[-1].split()]
+    told = output(run_evaluate, "tokens", tmp_path / "net.pth", "--device", "cpu")
+    printed = [float(word) for word in told.splitlines()[-1].split()]
     assert len(printed) == 2 and printed[0] == pytest.approx(expected, abs=6e-4)
 
 
@@ -1416,32 +1321,18 @@ def test_flops_are_those_of_the_matrix_products():
 
 
 @pytest.mark.parametrize("model", ["tiny", "resnet18"])
-def test_throughput_tells_rates_and_the_share_of_the_peak(monkeypatch, capsys, model):
+def test_throughput_tells_rates_and_the_share_of_the_peak(monkeypatch, output, model):
     timed = []
     monkeypatch.setattr(measure, "seconds", lambda act, runs, _: act() and 0 or timed.append(runs) or 0.5)
     monkeypatch.setattr(measure, "matmul_peak", lambda dtype, device: (1e10, 1024))
     words = {"model": model, "img_size": 32, "batch_size": 4, "runs": 7, "device": "cpu"}
-    assert run_evaluate(monkeypatch, "throughput", *flags(words)) == 0
-    *_, inference, training, augmentation = capsys.readouterr().out.splitlines()
+    *_, inference, training, augmentation = output(run_evaluate, "throughput", *flags(words)).splitlines()
     assert timed == [7, 7, 7]
     flops = measure.count_flops(build_network(Settings(model=model, img_size=32), 1000), 32)
     for line, cost in ((inference, flops), (training, 3 * flops)):
         assert "  8.0 images/s, batch 4, mean of 7 runs" in line
         assert f"{8 * cost / 1e12:.3g} TFLOP/s, {100 * 8 * cost / 1e10:.1f} % of the peak" in line
-        assert "high-water mark" in line
     assert augmentation.startswith("augmentation  8.0 images/s")
-
-
-def test_the_largest_batch_is_the_largest_power_of_two_that_fits(monkeypatch):
-    monkeypatch.setattr(torch.cuda, "synchronize", lambda *_: None)
-
-    def run(batch):
-        if batch > 200:
-            raise torch.OutOfMemoryError
-
-    for device, largest in (("cuda", 128), ("cpu", 16)):
-        found = measure.largest_batch(lambda batch: partial(run, batch), torch.device(device))
-        assert found == largest
 
 
 @pytest.mark.parametrize("distilled", [False, True])
@@ -1465,17 +1356,6 @@ def test_attention_maps_are_the_prefix_tokens_softmax_over_the_patches_and_their
 # ---- The loop ----
 
 
-def test_accumulated_parts_give_the_step_of_the_whole_batch(tmp_path, monkeypatch):
-    for parts in (1, 4):
-        words = QUICK | PLAIN | {"accumulate": parts, "out": tmp_path / str(parts)}
-        assert run_train(monkeypatch, *flags(words)) == 0
-    losses = [[r["loss"] for r in checkpoint.read_log(tmp_path / str(parts))] for parts in (1, 4)]
-    assert losses[0] == pytest.approx(losses[1], rel=1e-4)
-    one, four = (saved(tmp_path / str(parts))["model"] for parts in (1, 4))
-    for key, value in one.items():
-        torch.testing.assert_close(value, four[key], rtol=1e-3, atol=4e-4)
-
-
 @pytest.mark.parametrize("precision", ["fp16", "bf16"])
 def test_mixed_precision_trains_with_clipping_accumulation_and_average(tmp_path, monkeypatch, precision):
     words = QUICK | {"precision": precision, "clip_grad": 1.0, "accumulate": 2, "ema": 0.9}
@@ -1488,61 +1368,57 @@ def test_mixed_precision_trains_with_clipping_accumulation_and_average(tmp_path,
 
 
 def recorded():
-    """A training run that leaves each process's losses and the sums of its weights in OUT/rankN.json."""
-    losses, networks, plain, build = [], [], train.LOSSES["none"], train.build_network
-
-    def loss_function(*arguments):
-        value = plain.function(*arguments)
-        losses.append(launch.all_reduce(value.detach().clone()).item() / launch.world_size())
-        return value
-
-    train.LOSSES["none"] = plain._replace(function=loss_function)
+    """A training run that leaves the sums of each process's weights in OUT/rankN.json."""
+    networks, build = [], train.build_network
     train.build_network = lambda *arguments: networks.append(build(*arguments)) or networks[-1]
     train.main()
     digest = {key: value.double().sum().item() for key, value in networks[-1].state_dict().items()}
     out = Path(sys.argv[sys.argv.index("--out") + 1])
-    (out / f"rank{launch.rank()}.json").write_text(json.dumps({"losses": losses, "digest": digest}))
+    (out / f"rank{launch.rank()}.json").write_text(json.dumps(digest))
 
 
-def test_two_processes_follow_one_and_end_with_identical_weights(tmp_path):
+def test_accumulated_parts_and_two_processes_give_the_steps_of_the_whole_batch(tmp_path):
     words = flags(QUICK | PLAIN)
-    fork(recorded, [*words, "--out", tmp_path / "one"]).join()
+    for out, parts in (("whole", 1), ("parts", 4)):
+        fork(recorded, [*words, "--accumulate", parts, "--out", tmp_path / out]).join()
     fork_two(recorded, [*words, "--out", tmp_path / "two"])
-    files = ("one/rank0.json", "two/rank0.json", "two/rank1.json")
-    one, first, second = (json.loads((tmp_path / name).read_text()) for name in files)
-    assert len(one["losses"]) == 9
-    assert one["losses"] == pytest.approx(first["losses"], rel=1e-4)
+    first, second = (json.loads((tmp_path / f"two/rank{rank}.json").read_text()) for rank in (0, 1))
     assert first == second
-    ends = [checkpoint.read_log(tmp_path / name)[-1]["accuracy"]["class"] for name in ("one", "two")]
-    assert ends[0] == pytest.approx(ends[1], abs=0.01)  # 55 images: they do not divide evenly
+    whole, record = saved(tmp_path / "whole"), checkpoint.read_log(tmp_path / "whole")[-1]
+    for out in ("parts", "two"):
+        torch.testing.assert_close(saved(tmp_path / out)["model"], whole["model"], rtol=1e-3, atol=4e-4)
+        ended = checkpoint.read_log(tmp_path / out)[-1]
+        assert ended["loss"] == pytest.approx(record["loss"], rel=1e-4)
+        assert ended["accuracy"] == pytest.approx(record["accuracy"], abs=0.01)  # of 55 images, an odd number
 
 
 def test_two_processes_keep_one_set_of_batchnorm_statistics(tmp_path):
     fork_two(recorded, flags(QUICK | {"model": "regnet_y_200mf", "epochs": 1, "out": tmp_path / "run"}))
     first, second = (json.loads((tmp_path / f"run/rank{rank}.json").read_text()) for rank in (0, 1))
-    assert any("running_var" in key for key in first["digest"])
-    assert first == second
+    assert first == second and any("running_var" in key for key in first)
 
 
-def test_evaluation_scores_each_head_and_their_fusion():
-    student = nn.Module()
-    student.distilled = True
-    student.forward = lambda inputs: (class_logits, dist_logits)
-    class_logits = torch.tensor([[3.0, 0, 0], [0, 0, 2], [0, 4, 0]])  # right, right, wrong
-    dist_logits = torch.tensor([[0, 5.0, 0], [0, 0, 1], [3, 0, 0]])  # wrong, right, right
-    # fused: 0.91 + 0.01 < 0.05 + 0.99 wrong, the second right, and 0.02 + 0.91 < 0.96 + 0.05 wrong
-    images, labels = torch.zeros(3, 3, 8, 8, dtype=torch.uint8), torch.tensor([0, 2, 0])
-    accuracy = evaluate(student, ArraySet(images, labels, ["a", "b", "c"]), Settings(img_size=8), CPU)
-    assert accuracy == pytest.approx({"class": 200 / 3, "distillation": 200 / 3, "fused": 100 / 3}, rel=1e-5)
+def test_a_run_says_after_a_few_steps_how_long_it_takes_and_what_would_be_quick(monkeypatch, capsys):
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    for seconds, hint in ((2, ""), (20, "; for a quick run without a GPU add --limit 5000 --epochs 10")):
+        now = itertools.count(100, 3 * seconds)  # the start, then every third step
+        monkeypatch.setattr("time.monotonic", lambda now=now: next(now))
+        progress = launch.Progress(7, 1007, batch_size=64)
+        for step in (10, 13):
+            progress.show(step, f"step {step}")
+        first, second, third = capsys.readouterr().out.splitlines()
+        left = "0:33:14" if seconds == 2 else "5:32:20"
+        assert first == f"these 1000 steps will take about {left}{hint}"
+        assert second == f"step 10  {64 / seconds:.0f} images/s  {left} left"
+        assert third.startswith("step 13  ")
 
 
-def test_a_teacher_is_trained_once_and_reused_by_every_student(tmp_path, monkeypatch, capsys):
+def test_a_teacher_is_trained_once_and_reused_by_every_student(tmp_path, output):
     words = QUICK | {"teacher": "resnet18", "teacher_epochs": 1, "distill": "hard", "epochs": 1}
     same = {}, {"seed": 1}, {"patch_size": 4}, {"accumulate": 2}, {"batch_size": 18, "distill": "soft"}
     other = {"teacher_epochs": 2}, {"img_size": 24}, {"limit": 50}
     for n, more in enumerate(same + other):  # the others decide what the teacher becomes
-        assert run_train(monkeypatch, *flags(words | more | {"out": tmp_path / f"s{n}"})) == 0
-        told = capsys.readouterr().out
+        told = output(run_train, *flags(words | more | {"out": tmp_path / f"s{n}"}))
         assert ("trained earlier" in told, "teacher: training" in told) == (0 < n < 5, n in (0, 5, 6, 7))
     assert len(list(tmp_path.glob("teacher-shapes-*-resnet18-*"))) == 4
     student = saved(tmp_path / "s4")
@@ -1551,23 +1427,44 @@ def test_a_teacher_is_trained_once_and_reused_by_every_student(tmp_path, monkeyp
     assert "dist_token" in student["model"] and saved(teacher.parent)["settings"]["batch_size"] == 55
 
 
-def test_students_started_at_once_do_not_disturb_each_others_teacher(tmp_path, monkeypatch):
-    words = QUICK | {"teacher": "resnet18", "teacher_epochs": 1, "distill": "hard", "epochs": 1}
-    assert run_train(monkeypatch, *flags(words | {"out": tmp_path / "first"})) == 0
-    (teacher,) = tmp_path.glob("teacher-*")
-    late, before, evaluate = teacher.rename(tmp_path / "late"), saved(tmp_path / "late"), train.evaluate
+def no_teacher(*arguments, **options):
+    raise AssertionError("the teacher was asked")
 
-    def evaluate_meanwhile(*arguments):  # the other student's teacher is finished while ours learns
-        if late.exists():
-            late.rename(teacher)
-        return evaluate(*arguments)
 
-    monkeypatch.setattr("train.evaluate", evaluate_meanwhile)
-    assert run_train(monkeypatch, *flags(words | {"out": tmp_path / "second"})) == 0
-    own = tmp_path / "second" / teacher.name
-    assert saved(tmp_path / "second")["settings"]["teacher_weights"] == f"{own}/last.pth"
-    for out in (own, teacher):
-        assert equal(saved(out)["model"], before["model"])
+def test_a_second_student_reads_the_labels_that_the_first_ones_teacher_gave(tmp_path, monkeypatch):
+    words = QUICK | {"distill": "hard", "teacher_epochs": 1, "accumulate": 2, "out": tmp_path / "plain"}
+    assert forked(flags(words)) == 0
+    words |= {"remember_labels": True, "save_every": 2}
+    again = flags(words | {"out": tmp_path / "first", "resume": True})
+    assert forked(again, ("step", 6, signal.SIGKILL)) == -signal.SIGKILL
+    assert forked(again) == 0
+    assert forked(flags(words | {"epochs": 4, "out": tmp_path / "longer"})) == 0
+    monkeypatch.setattr("train.create_teacher", no_teacher)
+    for out, more in (("second", {}), ("again", {"epochs": 4})):
+        assert run_train(monkeypatch, *flags(words | more | {"out": tmp_path / out})) == 0
+    for one, two in (("plain", "first"), ("plain", "second"), ("longer", "again")):
+        assert same_run(tmp_path / one, tmp_path / two)
+    (labels,) = tmp_path.glob("labels-*")
+    assert labels.stat().st_size == 4 * 3 * 16 and min(labels.read_bytes()) > 0
+    words["epochs"] = 1
+    others = {"lr": 1e-3}, {"no_distill_token": True}, {"drop_path": 0.2}, {"smoothing": 0.0}, {"depth": 1}
+    for n, more in enumerate(others):
+        assert run_train(monkeypatch, *flags(words | more | {"out": tmp_path / f"s{n}"})) == 0
+    inputs = {"seed": 1}, {"batch_size": 8}, {"accumulate": 1}, {"mixup": 0.0}, {"erasing": 0.0}
+    for n, more in enumerate((*inputs, {"limit": 50}, {"augment": "none"}, {"repeats": 3})):
+        with pytest.raises(AssertionError, match="the teacher was asked"):
+            run_train(monkeypatch, *flags(words | more | {"out": tmp_path / f"t{n}"}))
+
+
+def test_each_of_two_processes_remembers_its_own_labels(tmp_path):
+    words = QUICK | {"distill": "hard", "teacher_epochs": 1, "epochs": 2}
+    fork_two(train.main, flags(words | {"out": tmp_path / "plain"}))
+    words["remember_labels"] = True
+    for out, known in (("first", " 0 %"), ("second", " 100 %")):
+        told = fork_two(train.main, flags(words | {"out": tmp_path / out}), tmp_path / "told")
+        assert f"for each process,{known} are known" in told
+        assert same_run(tmp_path / "plain", tmp_path / out)
+    assert len(list(tmp_path.glob("labels-*"))) == 2
 
 
 # ---- The loop: the data ----
@@ -1665,28 +1562,12 @@ def test_a_crop_does_not_depend_on_whether_a_set_is_held_or_streamed(tmp_path, m
     assert torch.equal(*shown)
 
 
-@pytest.mark.parametrize(("size", "short"), [(56, 64), (48, 54), (45, 51)])
-def test_evaluation_crops_as_torchvisions_resize_and_center_crop(size, short):
-    pixels = np.random.default_rng(0).integers(0, 256, (70, 100, 3), dtype=np.uint8)
-    image = Image.fromarray(pixels).filter(ImageFilter.GaussianBlur(2))
-    resize = torchvision.transforms.Resize(short, torchvision.transforms.InterpolationMode.BICUBIC)
-    expected = torchvision.transforms.CenterCrop(size)(resize(image))
-    assert np.array_equal(crop_file(image, size, None), np.asarray(expected).transpose(2, 0, 1))
-
-
-def test_a_very_long_image_is_cropped_as_its_center_is():
-    wide = np.random.default_rng(0).integers(0, 256, (3, 20_000, 3), dtype=np.uint8)
-    for turn in ((0, 1, 2), (1, 0, 2)):
-        long, center = (Image.fromarray(p.transpose(turn)) for p in (wide, wide[:, 9_976:10_024]))
-        assert torch.equal(crop_file(long, 16, None), crop_file(center, 16, None))
-
-
 def read_back(path, image, **options):
     image.save(path, **options)
     return np.asarray(read_image(path))
 
 
-def test_pictures_of_every_kind_are_read_upright_and_rgb_and_transparent_ones_lie_on_white(tmp_path):
+def test_pictures_of_every_kind_are_read_upright_on_white_and_large_ones_at_a_size_that_is_enough(tmp_path):
     pixels = np.random.default_rng(0).integers(0, 256, (8, 12, 3), dtype=np.uint8)
     image, exif = Image.fromarray(pixels), Image.Exif()
     exif[0x0112] = 6  # the camera was held upright: turn it clockwise
@@ -1701,11 +1582,6 @@ def test_pictures_of_every_kind_are_read_upright_and_rgb_and_transparent_ones_li
     picture.putpixel((1, 0), (0, 0, 0, 0))
     for name, image in (("RGBA.png", picture), ("P.png", picture.quantize(4))):
         assert read_back(tmp_path / name, image).tolist() == [[[200, 0, 0], [255, 255, 255]]]
-    with pytest.raises(UserError, match="no known range; save it with 8 or 16 bits"):
-        read_back(tmp_path / "F.tiff", Image.fromarray(np.full((2, 2), 0.5, np.float32)))
-
-
-def test_large_photographs_are_decoded_at_a_size_that_is_enough(tmp_path):
     Image.new("RGB", (1200, 800)).save(tmp_path / "photo.jpg")
     read = [read_image(tmp_path / "photo.jpg", enough) for enough in (None, 401, 400, 201, 200, 1)]
     assert [image.width for image in read] == [1200, 1200, 600, 600, 300, 150]
@@ -1724,16 +1600,10 @@ def test_broken_images_are_named_or_left_out_and_counted(folder):
     shown = data.eval_batches(val_set, Settings(img_size=24, workers=0, batch_size=3), CPU)
     assert torch.cat([labels for _, labels in shown]).tolist() == [0] * 6 + [1] * 4
     assert train_set.broken | val_set.broken == bad
-
-
-def test_a_batch_without_any_readable_image_is_an_error(tmp_path):
-    train_set, val_set = load("folder", write_folder(tmp_path, STREAMED), 24, skip_broken=True)
-    for path in tmp_path.rglob("*.png"):
+    for path in folder.rglob("*.png"):
         path.write_bytes(b"")
-    with pytest.raises(UserError, match="none of the images of a batch can be read"):
-        collect(train_set, 1)
-    with pytest.raises(UserError, match="none of the validation images can be read"):
-        evaluate(nn.Flatten(), val_set, Settings(img_size=24, workers=0), CPU)
+    with pytest.raises(UserError, match="none of the images in .*train can be read"):
+        load("folder", folder, 24, skip_broken=True)
 
 
 def test_folders_that_make_no_data_set_are_refused(tmp_path):
@@ -1796,17 +1666,10 @@ def touch(folder, *names):
 
 @pytest.fixture
 def matlab(monkeypatch):
-    """A stand-in for scipy, which the tests do without: it finds what `matlab` was told of the .mat files."""
-    contents = {}
-    reader = SimpleNamespace(loadmat=lambda path, squeeze_me: contents[str(path)])
+    """A stand-in for scipy, which the tests do without: torch reads what stands for the .mat files."""
+    reader = SimpleNamespace(loadmat=lambda path, squeeze_me: torch.load(path, weights_only=False))
     monkeypatch.setitem(sys.modules, "scipy.io", reader)
     monkeypatch.setitem(sys.modules, "scipy", SimpleNamespace(io=reader, __spec__="a module's"))
-
-    def write(path, **arrays):
-        touch(path.parent, path.name)
-        contents[str(path)] = {name: np.array(values) for name, values in arrays.items()}
-
-    return write
 
 
 def names_of(part):
@@ -1817,8 +1680,9 @@ def names_of(part):
 def test_flowers_train_on_train_and_val_and_are_tested_on_test(tmp_path, monkeypatch, matlab):
     base = tmp_path / "flowers-102"
     touch(base / "jpg", *[f"image_{n:05d}.jpg" for n in range(1, 8)])
-    matlab(base / "imagelabels.mat", labels=[1, 102, 3, 1, 2, 2, 3])
-    matlab(base / "setid.mat", trnid=[4, 2], valid=[7], tstid=[1, 3, 5, 6])
+    torch.save({"labels": np.array([1, 102, 3, 1, 2, 2, 3])}, base / "imagelabels.mat")
+    parts = {"trnid": [4, 2], "valid": [7], "tstid": [1, 3, 5, 6]}
+    torch.save({name: np.array(numbers) for name, numbers in parts.items()}, base / "setid.mat")
     check = "torchvision.datasets.flowers102.check_integrity"  # torchvision knows the true files' MD5
     monkeypatch.setattr(check, lambda *_: True)
     train_set, val_set = load("flowers102", tmp_path, 8)
@@ -1834,13 +1698,13 @@ def test_flowers_train_on_train_and_val_and_are_tested_on_test(tmp_path, monkeyp
 
 def test_cars_are_read_from_the_files_that_one_has(tmp_path, matlab):
     base = tmp_path / "stanford_cars"
-    touch(base, "cars_train/1.jpg", "cars_train/2.jpg", "cars_test/1.jpg")
-    matlab(base / "devkit/cars_meta.mat", class_names=["AM General Hummer", "Acura RL"])
+    touch(base, "cars_train/1.jpg", "cars_train/2.jpg", "cars_test/1.jpg", "devkit/README")
+    torch.save({"class_names": np.array(["AM General Hummer", "Acura RL"])}, base / "devkit/cars_meta.mat")
     rows = [{"fname": "2.jpg", "class": 2}, {"fname": "1.jpg", "class": 1}]
-    matlab(base / "devkit/cars_train_annos.mat", annotations=rows)
+    torch.save({"annotations": rows}, base / "devkit/cars_train_annos.mat")
     with pytest.raises(UserError, match="stanford_cars must hold cars_train, cars_test, devkit and"):
         load("cars", tmp_path, 8)
-    matlab(base / "cars_test_annos_withlabels.mat", annotations=[{"fname": "1.jpg", "class": 2}])
+    torch.save({"annotations": [{"fname": "1.jpg", "class": 2}]}, base / "cars_test_annos_withlabels.mat")
     train_set, val_set = load("cars", tmp_path, 8)
     assert names_of(train_set) == [("2.jpg", "Acura RL"), ("1.jpg", "AM General Hummer")]
     assert names_of(val_set) == [("1.jpg", "Acura RL")]
@@ -1863,41 +1727,30 @@ def test_inaturalist_is_split_by_the_competitions_lists(tmp_path, year):
 
 # ---- What survives ----
 
-TEACHER = {"distill": "hard", "teacher": "regnet_y_200mf", "teacher_epochs": 1}
+TEACHER = {"distill": "hard", "teacher": "regnet_y_200mf", "teacher_epochs": 2}
 SURVIVOR = QUICK | TEACHER | {"ema": 0.9, "repeats": 3, "save_every": 2, "drop_path": 0.2, "dropout": 0.1}
 
 
 @pytest.fixture(scope="module")
 def unhurt(tmp_path_factory):
-    """The run that was never stopped, to compare with: 1 step of the teacher, then 3 × 3 of the student."""
+    """The run that was never stopped, to compare with: 2 steps of the teacher, then 3 × 3 of the student."""
     out = tmp_path_factory.mktemp("unhurt")
     assert forked(flags(SURVIVOR | {"out": out / "run"})) == 0
     return out / "run"
 
 
-KILLS = [("step", 1), ("step", 6), ("step", 12), ("write", 2), ("write", 9), ("rename", 8), ("rename", 9)]
-KILLS += [("write", 4), ("rename", 11), ("evaluation", 2), ("teacher", 1)]  # in best.pth, and after it
-FAULTS = [(*kill, signal.SIGKILL) for kill in KILLS]
-FAULTS += [("step", 9, signal.SIGTERM), ("evaluation", 1, signal.SIGINT)]
+KILLS = {"step": (3, 8, 14), "write": (2, 11, 12), "rename": (12, 13, 15), "evaluation": (2,)}
+FAULTS = [(what, when, signal.SIGKILL) for what, times in KILLS.items() for when in times]
+FAULTS += [("step", 11, signal.SIGTERM), ("evaluation", 1, signal.SIGINT), ("teacher", 1, signal.SIGKILL)]
 
 
 @pytest.mark.parametrize("fault", FAULTS, ids=lambda fault: f"{fault[0]}-{fault[1]}-{fault[2].name}")
 def test_a_run_that_is_killed_anywhere_ends_as_if_it_never_was(tmp_path, unhurt, fault):
     code = forked(flags(SURVIVOR | {"out": tmp_path / "run"}), fault)
     assert code == (-fault[2] if fault[2] == signal.SIGKILL else 128 + fault[2])
-    # one whose first settings are not yet written has to be told them again
-    told = SURVIVOR if fault[:2] == ("write", 1) else {}
-    assert forked(flags(told | {"out": tmp_path / "run", "resume": True})) == 0
+    assert forked(flags({"out": tmp_path / "run", "resume": True})) == 0
     assert same_run(unhurt, tmp_path / "run")
     assert not list(tmp_path.rglob("*.partial"))
-
-
-def test_a_run_that_is_killed_again_and_again_ends_as_if_it_never_was(tmp_path, unhurt):
-    rng, words = np.random.default_rng(0), flags(SURVIVOR | {"out": tmp_path / "run", "resume": True})
-    for what, last in (("step", 8), ("write", 6), ("rename", 5), ("step", 5), ("write", 4)):
-        assert forked(words, (what, rng.integers(2, last), signal.SIGKILL)) == -signal.SIGKILL
-    assert forked(words) == 0
-    assert same_run(unhurt, tmp_path / "run")
 
 
 @pytest.mark.parametrize("more", [{"workers": 1}, {"precision": "fp16", "workers": 0}])
@@ -1925,49 +1778,44 @@ def test_a_streamed_run_stops_for_a_signal_to_all_its_processes(tmp_path):
     assert re.fullmatch(r"stopped by SIGTERM after step .*\n", error)
 
 
-def test_a_fine_tuning_that_is_killed_needs_nothing_but_its_directory(tmp_path, monkeypatch, capsys):
+def test_a_fine_tuning_that_is_killed_needs_nothing_but_its_directory(tmp_path, monkeypatch, output):
     monkeypatch.chdir(tmp_path)
-    assert run_train(monkeypatch, *flags(QUICK | {"distill": "label", "out": "runs/first"})) == 0
+    output(run_train, *flags(QUICK | {"distill": "label", "out": "runs/first"}))
     words = {"img_size": 24, "epochs": 2, "batch_size": 16, "train": "head", "save_every": 1, "device": "cpu"}
     again = ["--out", "runs/tuned", "--resume"]
     assert forked(flags(words | {"out": "whole"}), None, finetune.main) == 0
-    started = flags(words | {"out": "runs/tuned"})
-    for step, command in ((1, started), (3, again)):
+    for step, command in ((1, flags(words | {"out": "runs/tuned"})), (3, again)):
         assert forked(command, ("step", step, signal.SIGKILL), finetune.main) == -signal.SIGKILL
-    assert run_train(monkeypatch, *again) == 2
-    assert "is a run of finetune.py; continue it with finetune.py --resume" in one_line(capsys)
+    told = output(run_train, *again, code=2)
+    assert "is a run of finetune.py; continue it with finetune.py --resume" in told
     Path("runs/first").rename("elsewhere")  # the run has all that it needs
     assert forked(again, None, finetune.main) == 0
     assert same_run("whole", "runs/tuned")
-    assert run_finetune(monkeypatch, *again, "--train", "all") == 2
-    assert "has --train head, not all" in one_line(capsys)
+    assert "has --train head, not all" in output(run_finetune, *again, "--train", "all", code=2)
 
 
-def test_resuming_keeps_every_setting_that_is_not_given_again(tmp_path, monkeypatch, capsys):
+def test_a_run_goes_on_with_its_own_settings_or_is_written_over_when_told_to(tmp_path, monkeypatch, output):
     own = {"save_every": 2, "workers": 1, "skip_broken": True, "seed": 3, "epochs": 1}
-    assert run_train(monkeypatch, *flags(QUICK | own | {"out": tmp_path / "run"})) == 0
+    words, last = flags(QUICK | own | {"out": tmp_path / "run"}), tmp_path / "run/last.pth"
+    output(run_train, *words)
+    before = last.read_bytes()
+    assert "--resume" in output(run_train, *words, code=2)
+    with monkeypatch.context() as torchrun:
+        torchrun.setenv("TORCHELASTIC_MAX_RESTARTS", "3")
+        refused = output(run_train, *words, "--overwrite", code=2)
+        assert "at each of torchrun's restarts" in refused and last.read_bytes() == before
     for changed in ({}, {"workers": 0, "accumulate": 2}):
         again = {"out": tmp_path / "run", "resume": True}
-        assert run_train(monkeypatch, *flags(again | changed)) == 0
+        output(run_train, *flags(again | changed))
         kept = json.loads((tmp_path / "run/settings.json").read_text())
         assert kept.items() >= (own | {"device": "cpu"} | changed).items()
     for name, value in (("seed", 4), ("lr", 0.1), ("erasing", 0.5), ("epochs", 2)):
-        assert run_train(monkeypatch, *flags(again | {name: value})) == 2
-        assert f"run has --{name} {kept[name]}, not {value}" in (error := one_line(capsys))
-        assert (f"train on from its end: finetune.py --checkpoint {tmp_path}" in error) == (name == "epochs")
-
-
-def test_a_run_cut_off_in_its_teacher_goes_on_by_its_directory_alone(tmp_path, monkeypatch, capsys):
-    words = QUICK | {"seed": 3, "epochs": 1, "distill": "hard", "teacher": "resnet18", "teacher_epochs": 2}
-    whole, cut = tmp_path / "a/whole", tmp_path / "b/cut"
-    assert forked(flags(words | {"out": whole})) == 0
-    # two steps of the teacher, an epoch each
-    assert forked(flags(words | {"out": cut}), ("step", 2, signal.SIGKILL)) == -signal.SIGKILL
-    assert run_finetune(monkeypatch, "--out", cut, "--resume") == 2
-    assert "cut is a run of train.py; continue it with train.py --resume" in one_line(capsys)
-    assert run_train(monkeypatch, "--out", cut, "--resume") == 0
-    assert re.search(r"resuming \S+/teacher-\S+ after step 1", capsys.readouterr().out)
-    assert equal(saved(whole)["model"], saved(cut)["model"])
+        told = output(run_train, *flags(again | {name: value}), code=2)
+        assert f"run has --{name} {kept[name]}, not {value}" in told
+        assert (f"train on from its end: finetune.py --checkpoint {tmp_path}" in told) == (name == "epochs")
+    output(run_train, *words, "--overwrite", "--seed", "1")
+    assert saved(tmp_path / "run")["settings"]["seed"] == 1 and last.read_bytes() != before
+    assert len(checkpoint.read_log(tmp_path / "run")) == 1
 
 
 def test_the_older_checkpoint_serves_when_the_last_is_damaged(tmp_path, unhurt, capsys):
@@ -1981,10 +1829,6 @@ def test_the_older_checkpoint_serves_when_the_last_is_damaged(tmp_path, unhurt, 
         assert told.endswith(f"continuing from {run}/previous.pth\n")
     assert forked(["--out", run, "--resume"]) == 0
     assert same_run(unhurt, run)
-    for path in run.glob("*.pth"):
-        path.write_bytes(b"")
-    with pytest.raises(UserError, match=r"previous\.pth is not a checkpoint"):
-        checkpoint.latest_checkpoint(run)
 
 
 def test_the_best_checkpoint_is_the_epochs_with_the_highest_fused_accuracy(tmp_path, monkeypatch, capsys):
@@ -2040,8 +1884,7 @@ def test_a_signal_is_answered_within_a_step_and_another_number_of_processes_may_
     assert forked(words, ("step", 5, signal.SIGTERM)) == 128 + signal.SIGTERM
     assert saved(tmp_path / "run")["progress"]["step"] == 4
     words = ["--out", tmp_path / "run", "--resume", "--accumulate", "1"]
-    told = fork_two(run_with, words, tmp_path / "told")
-    assert "it was made with 1 × cpu" in told and "will differ a little" in told
+    fork_two(run_with, words)
     assert len(checkpoint.read_log(tmp_path / "run")) == 3
 
 
@@ -2063,42 +1906,19 @@ def test_fp16s_first_step_may_overflow_without_harm_to_sgds_momentum(tmp_path, m
     assert saved(tmp_path / "run")["scaler"]["scale"] < 65536  # the first step was skipped
     momenta = [state["momentum_buffer"] for state in optimizer["state"].values()]
     assert momenta and all(momentum.abs().max() < 1e3 for momentum in momenta)
-    assert not any(group["fused"] for group in optimizer["param_groups"])
 
 
-def test_files_of_one_name_from_two_addresses_are_two_files(tmp_path, monkeypatch):
-    monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path / "cache"))
-    for n, run in enumerate(("run1", "run2")):
-        (tmp_path / run).mkdir()
-        torch.save({"weight": torch.tensor(n)}, tmp_path / run / "last.pth")
-    torch.save({"weight": torch.tensor(3)}, tmp_path / "net-0123456789.pth")
-    handler = partial(http.server.SimpleHTTPRequestHandler, directory=tmp_path)
-    monkeypatch.setattr(http.server.SimpleHTTPRequestHandler, "log_message", lambda *_: None)
-    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
-        threading.Thread(target=server.serve_forever, daemon=True).start()
-        address = f"http://127.0.0.1:{server.server_port}"
-        found = [read_checkpoint(f"{address}/{run}/last.pth") for run in ("run1", "run2", "run1")]
-        assert [contents["weight"].item() for contents in found] == [0, 1, 0]
-        for _ in range(2):  # a hash in the name is checked, also when the file is there
-            with pytest.raises(UserError, match="has not the SHA-256 that its name says"):
-                read_checkpoint(f"{address}/net-0123456789.pth")
-        server.shutdown()
-
-
-def test_a_checkpoint_that_would_unpack_or_allocate_much_is_refused(tmp_path):
-    torch.save({"weight": torch.zeros(1000)}, tmp_path / "plain.pth")
-    packed = zipfile.ZipFile(tmp_path / "packed.pth", "w", zipfile.ZIP_DEFLATED)
-    with zipfile.ZipFile(tmp_path / "plain.pth") as plain, packed:
-        for name in plain.namelist():
-            packed.writestr(name, plain.read(name))
-    with pytest.raises(UserError, match="it is compressed"):
-        read_checkpoint(tmp_path / "packed.pth")
-    tiny = create_model("tiny", num_classes=2, img_size=16, patch_size=8, depth=1).state_dict()
-    # position embeddings of 2^34 patches, which no memory holds
-    known = {"model": "tiny", "img_size": 2**20, "patch_size": 8, "classes": ["a", "b"]}
-    torch.save({"model": tiny, "settings": known}, tmp_path / "huge.pth")
-    with pytest.raises(ValueError, match=r"pos_embed is \(1, 5, 192\) in the weights"):
-        create_teacher("tiny", 2, tmp_path / "huge.pth")
+def test_files_of_one_name_are_told_by_their_addresses_and_a_hash_in_a_name_counts(tmp_path, monkeypatch):
+    monkeypatch.setattr("torch.hub.get_dir", lambda: str(tmp_path / "cache"))
+    monkeypatch.setattr("torch.hub.download_url_to_file", lambda url, path: shutil.copy(url[7:], path))
+    for n, name in enumerate(("1/last.pth", "2/last.pth", "net-0123456789.pth")):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        torch.save({"weight": torch.tensor(n)}, tmp_path / name)
+    found = [read_checkpoint(f"http://{tmp_path}/{run}/last.pth") for run in (1, 2, 1)]
+    assert [contents["weight"].item() for contents in found] == [0, 1, 0]
+    for _ in range(2):  # also when the file is there
+        with pytest.raises(UserError, match="has not the SHA-256 that its name says"):
+            read_checkpoint(f"http://{tmp_path}/net-0123456789.pth")
 
 
 def test_a_step_copies_what_it_draws_in_five_pieces(monkeypatch):
@@ -2112,17 +1932,11 @@ def test_a_step_copies_what_it_draws_in_five_pieces(monkeypatch):
 
 
 def test_only_a_cuda_device_is_copied_to_without_waiting():
-    class Values:  # an Apple GPU may read memory that was released meanwhile
-        def pin_memory(self):
-            return self
-
-        def to(self, device, non_blocking=False):
-            return device.type, non_blocking
-
-    copies = [augment.to_device(Values(), torch.device(name)) for name in ("cpu", "mps", "cuda")]
+    # an Apple GPU may read memory that was released meanwhile
+    values = SimpleNamespace(to=lambda device, non_blocking=False: (device.type, non_blocking))
+    values.pin_memory = lambda: values
+    copies = [augment.to_device(values, torch.device(name)) for name in ("cpu", "mps", "cuda")]
     assert copies == [("cpu", False), ("mps", False), ("cuda", True)]
-    sources = [path.read_text() for path in Path().glob("*.py") if path.name != "test_all.py"]
-    assert sum(source.count("non_blocking") for source in sources) == 1
 
 
 def test_an_epoch_is_saved_once_and_the_best_has_no_optimizer(tmp_path, monkeypatch):
@@ -2140,22 +1954,6 @@ def test_an_epoch_is_saved_once_and_the_best_has_no_optimizer(tmp_path, monkeypa
     best, last = (saved(tmp_path / "one", file) for file in ("best.pth", "last.pth"))
     assert last.keys() - best.keys() == {"optimizer", "scaler"} and best["settings"] == last["settings"]
     assert equal(best["model"], last["model"]) and equal(best["ema"], last["ema"])
-
-
-def differing(path):
-    """Process 1 finds no checkpoint, as on a disk of its own."""
-    if launch.rank() == 1:
-        sys.argv[sys.argv.index("--out") + 1] = str(path / "other")
-    launch.run_program(train.main)
-
-
-def test_processes_that_would_resume_from_different_steps_are_refused(tmp_path):
-    words = QUICK | {"save_every": 1, "out": tmp_path / "run"}
-    assert forked(flags(words), ("step", 3, signal.SIGTERM)) == 128 + signal.SIGTERM
-    with pytest.raises(AssertionError, match=r"\[2, 2\] == \[0, 0\]"):
-        fork_two(partial(differing, tmp_path), flags(words | {"resume": True}), tmp_path / "told")
-    told = (tmp_path / "told").read_text()
-    assert "error: process 1 has another step to go on from: 0, not 3" in told
 
 
 # ---- What is refused ----
@@ -2186,26 +1984,14 @@ def test_weights_that_do_not_fit_are_refused_by_key_and_shapes():
     assert equal(model.state_dict(), before)
 
 
-def test_a_teacher_with_its_classes_in_another_order_is_refused(tmp_path):
-    state, shapes = create_teacher("regnet_y_200mf", 10).state_dict(), draw_shapes("train", 10, 32)
-    student = complete({"teacher_weights": str(tmp_path / "t.pth")})
-    known = {"model": "regnet_y_200mf", "img_size": 32, "classes": shapes.classes}
-    torch.save({"model": state, "settings": known}, tmp_path / "t.pth")
-    assert load_teacher(student, [shapes], CPU).classes == shapes.classes
-    shapes.classes = [shapes.classes[n] for n in (0, 2, 1, *range(3, 10))]
-    with pytest.raises(UserError, match="class 1 is 'ring' there and 'half' here"):
-        load_teacher(student, [shapes], CPU)
-
-
 def test_a_damaged_checkpoint_is_recognized_at_any_length_and_any_bit(tmp_path):
     file, weight, rng = tmp_path / "t.pth", torch.arange(40.0), np.random.default_rng(0)
     torch.save({"model": {"weight": weight}}, file)
     whole = file.read_bytes()
     for length in range(0, len(whole) - 1, 7):
         file.write_bytes(whole[:length])
-        with pytest.raises(UserError, match="is not a checkpoint") as caught:
+        with pytest.raises(UserError, match=r"^[^\n]* is not a checkpoint [^\n]*$"):
             read_checkpoint(file)
-        assert "\n" not in str(caught.value)
     for place in rng.integers(0, len(whole), 200):
         flipped = bytearray(whole)
         flipped[place] ^= 1 << rng.integers(8)
@@ -2217,11 +2003,8 @@ def test_a_damaged_checkpoint_is_recognized_at_any_length_and_any_bit(tmp_path):
 class Mischief:
     """Unpickling this would make a file."""
 
-    def __init__(self, path):
-        self.path = path
-
     def __reduce__(self):
-        return open, (str(self.path), "w")
+        return open, ("made", "w")
 
 
 MISTAKES = {
@@ -2270,12 +2053,16 @@ MISTAKES = {
     "--data folder --data-path empty": "there is no folder empty/train; --data-path must hold train/CLASS/*",
     "--distill label --no-distill-token": "needs a transformer and no --no-distill-token",
     "--distill label --model resnet18": "needs a transformer",
+    "--distill soft --remember-labels": "--remember-labels is for --distill hard alone",
     "--depth 0": "argument --depth: 0 is not allowed: it must be from 1 to 100",
     "--limit -1": "argument --limit: -1 is not allowed",
     "--distill hard --teacher-weights none.pth": "there is no file none.pth; --teacher-weights takes",
     "--distill hard --teacher-weights notes.txt": "notes.txt is not a checkpoint that can be read safely",
     "--distill hard --teacher-weights list.pth": "list.pth is not a checkpoint that can be read safely",
     "--distill hard --teacher-weights evil.pth": "evil.pth is not a checkpoint that can be read safely",
+    "--distill hard --teacher-weights packed.pth": "it is compressed, as no checkpoint is",
+    "--distill hard --teacher tiny --teacher-weights huge.pth": "pos_embed is (1, 17, 192) in the weights",
+    "--distill hard --teacher tiny --teacher-weights sorted.pth": "class 0 is 'arrow' there and 'circle'",
     "--distill hard --teacher tiny --teacher-weights seven.pth": "does not fit a tiny for 10 classes",
     "--distill hard --teacher small --teacher-weights seven.pth": "seven.pth holds a tiny, not a small",
     "--distill hard --teacher-weights http://127.0.0.1:9/teacher.pth": "could not download http://127.0.0.1:9",
@@ -2288,25 +2075,25 @@ MISTAKES = {
 }
 
 
-def one_line(capsys):
-    """The one line on standard error."""
-    error = capsys.readouterr().err
-    assert error.startswith("error: ") and error.count("\n") == 1, error
-    return error
-
-
 @pytest.mark.parametrize("words", MISTAKES)
-def test_mistakes_end_with_one_line_and_exit_code_2(tmp_path, monkeypatch, capsys, words):
+def test_mistakes_end_with_one_line_and_exit_code_2(tmp_path, monkeypatch, output, words):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "notes.txt").write_text("notes")
     (tmp_path / "empty").mkdir()
-    torch.save([1, 2], tmp_path / "list.pth")
-    torch.save({"model": Mischief(tmp_path / "made")}, tmp_path / "evil.pth")
-    seven = create_model("tiny", num_classes=7, img_size=32, patch_size=8, depth=1).state_dict()
-    torch.save({"model": seven}, tmp_path / "seven.pth")
+    torch.save([1, 2], "list.pth")
+    torch.save({"model": Mischief()}, "evil.pth")
+    with zipfile.ZipFile("packed.pth", "w", zipfile.ZIP_DEFLATED) as packed:
+        packed.writestr("data.pkl", "")
+    ten = create_model("tiny", num_classes=10, img_size=32, patch_size=8, depth=1).state_dict()
+    seven = {key: value[:7] if key.startswith("head") else value for key, value in ten.items()}
+    torch.save({"model": seven}, "seven.pth")
+    # the first needs position embeddings of 2^34 patches, which no memory holds
+    known = {"model": "tiny", "img_size": 2**20, "patch_size": 8, "classes": list(data.SHAPES)}
+    torch.save({"model": ten, "settings": known}, "huge.pth")
+    known |= {"img_size": 32, "classes": sorted(data.SHAPES)}
+    torch.save({"model": ten, "settings": known}, "sorted.pth")
     before = set(tmp_path.rglob("*.pth"))
-    assert run_train(monkeypatch, "--limit", "64", *words.split()) == 2
-    assert MISTAKES[words] in one_line(capsys)
+    assert MISTAKES[words] in output(run_train, "--limit", "64", *words.split(), code=2)
     assert set(tmp_path.rglob("*.pth")) == before
     assert not (tmp_path / "made").exists()
 
@@ -2327,185 +2114,99 @@ TUNING_MISTAKES = {
 }
 
 
-def test_mistakes_of_fine_tuning_end_with_one_line_and_exit_code_2(tmp_path, monkeypatch, capsys):
+def test_mistakes_of_fine_tuning_end_with_one_line_and_exit_code_2(tmp_path, monkeypatch, output):
     monkeypatch.chdir(tmp_path)
-    assert run_finetune(monkeypatch) == 2  # there is no run to start from
-    assert "make one with: torchrun train.py --model tiny --distill hard" in one_line(capsys)
-    assert run_train(monkeypatch, *flags(QUICK | {"epochs": 1, "out": "runs/run"})) == 0
+    assert "make one with: torchrun train.py --model tiny --distill hard" in output(run_finetune, code=2)
+    output(run_train, *flags(QUICK | {"epochs": 1, "out": "runs/run"}))
     torch.save({"fc.weight": torch.zeros(1)}, "plain.pth")
     known = {"model": "resnet18", "classes": list("abcdefghij"), "data": "shapes", "data_path": "data"}
     known |= {"img_size": 32, "patch_size": 8}
     state = distill.create_convnet("resnet18", 10, 32).state_dict()
     torch.save({"model": state, "settings": known}, "convnet.pth")
     for words, message in TUNING_MISTAKES.items():
-        assert run_finetune(monkeypatch, *words.split(), "--device", "cpu") == 2
-        assert message in one_line(capsys)
+        assert message in output(run_finetune, *words.split(), "--device", "cpu", code=2)
 
 
-def test_a_run_is_not_written_over_unless_told_to(tmp_path, monkeypatch, capsys):
-    words = flags(QUICK | {"epochs": 1, "out": tmp_path / "run"})
-    assert run_train(monkeypatch, *words) == 0
-    before = (tmp_path / "run/last.pth").read_bytes()
-    assert run_train(monkeypatch, *words) == 2
-    assert "--resume" in one_line(capsys)
-    monkeypatch.setenv("TORCHELASTIC_MAX_RESTARTS", "3")
-    assert run_train(monkeypatch, *words, "--overwrite") == 2
-    assert "at each of torchrun's restarts" in one_line(capsys)
-    monkeypatch.delenv("TORCHELASTIC_MAX_RESTARTS")
-    assert (tmp_path / "run/last.pth").read_bytes() == before
-    assert run_train(monkeypatch, *words, "--overwrite", "--seed", "1") == 0
-    assert (tmp_path / "run/last.pth").read_bytes() != before
-    assert len(checkpoint.read_log(tmp_path / "run")) == 1
-
-
-def test_a_run_is_not_resumed_on_other_data(tmp_path, monkeypatch, capsys):
-    train_path = write_folder(tmp_path / "data", [(16, 16)]) / "train"
-    bee, cow = train_path / "bee", train_path / "cow"
+def test_a_run_is_not_resumed_on_other_data(tmp_path, output):
+    bee = write_folder(tmp_path / "data", [(16, 16)]) / "train/bee"
     words = QUICK | {"data": "folder", "data_path": tmp_path / "data", "epochs": 1, "batch_size": 4}
-    assert run_train(monkeypatch, *flags(words | {"out": tmp_path / "run"})) == 0
+    output(run_train, *flags(words | {"out": tmp_path / "run"}))
     shutil.rmtree(tmp_path / "data/val/bee")
-    # another class; then fewer pictures of the old one
-    for change in (lambda: bee.rename(cow), lambda: (cow / "0.png").unlink() or cow.rename(bee)):
+    # fewer pictures; then another class
+    for change in (lambda: (bee / "0.png").unlink(), lambda: bee.rename(bee.with_name("cow"))):
         change()
-        assert run_train(monkeypatch, "--out", tmp_path / "run", "--resume") == 2
-        assert "have changed; start it anew with --overwrite" in one_line(capsys)
+        refused = output(run_train, "--out", tmp_path / "run", "--resume", code=2)
+        assert "have changed; start it anew with --overwrite" in refused
 
 
-def disagreeing(path):
-    """Each process has a folder of its own; in that of the second a picture is missing."""
-    sys.argv += ["--data-path", str(path / str(launch.rank()))]
+def differing(flag, value):
+    """Process 1 has another folder, as on a disk of its own."""
+    if launch.rank() == 1:
+        sys.argv[sys.argv.index(flag) + 1] = str(value)
     launch.run_program(train.main)
 
 
-def test_processes_that_see_different_data_are_refused(tmp_path):
-    for rank in (0, 1):
-        write_folder(tmp_path / str(rank), [(16, 16)])
+def test_processes_that_see_different_data_or_checkpoints_are_refused(tmp_path):
+    for rank in "01":
+        write_folder(tmp_path / rank, [(16, 16)])
     (tmp_path / "1/train/bee/3.png").unlink()
-    words = QUICK | {"data": "folder", "batch_size": 4, "out": tmp_path / "run"}
-    with pytest.raises(AssertionError, match=r"\[2, 2\] == \[0, 0\]"):
-        fork_two(partial(disagreeing, tmp_path), flags(words), tmp_path / "told")
-    assert re.search(r"error: process 1 has another data set: 11 \+ 12 images .* not 12 \+ 12",
-                     (tmp_path / "told").read_text())  # fmt: skip
+    words = QUICK | {"data": "folder", "data_path": tmp_path / "0", "batch_size": 4, "out": tmp_path / "run"}
+    assert forked(flags(words), ("step", 3, signal.SIGTERM)) == 128 + signal.SIGTERM
+    refused = {("--data-path", "1"): r"data set: 11 \+ 12 images .* not 12 \+ 12"}
+    refused |= {("--out", "other"): "step to go on from: 0, not 3"}
+    for (flag, other), message in refused.items():
+        with pytest.raises(AssertionError, match=r"\[2, 2\] == \[0, 0\]"):
+            main = partial(differing, flag, tmp_path / other)
+            fork_two(main, flags(words | {"resume": True}), tmp_path / "told")
+        assert re.search(f"error: process 1 has another {message}", (tmp_path / "told").read_text())
 
 
-def test_a_loss_that_is_not_finite_ends_the_run_before_anything_is_spoilt(tmp_path, monkeypatch, capsys):
+def test_a_loss_or_a_weight_that_is_not_finite_ends_the_run_and_is_never_saved(tmp_path, monkeypatch, output):
     multiply_loss(monkeypatch, 4, math.nan)
-    assert run_train(monkeypatch, *flags(QUICK | {"out": tmp_path / "run", "save_every": 2})) == 2
-    assert "became infinite or NaN between steps 4 and 6; last.pth is from before it" in one_line(capsys)
+    told = output(run_train, *flags(QUICK | {"out": tmp_path / "run", "save_every": 2}), code=2)
+    assert "became infinite or NaN between steps 4 and 6; last.pth is from before it" in told
     contents = saved(tmp_path / "run")
     assert contents["progress"]["step"] == 4
     assert all(value.isfinite().all() for value in contents["model"].values())
 
-
-def test_weights_that_are_not_finite_are_never_saved(tmp_path, monkeypatch, capsys):
     def explode(optimizer, *_):
         optimizer.param_groups[0]["params"][0].data[0] = math.inf
 
     hook = register_optimizer_step_post_hook(explode)
-    assert run_train(monkeypatch, *flags(QUICK | {"out": tmp_path / "run", "save_every": 1})) == 2
+    told = output(run_train, *flags(QUICK | {"out": tmp_path / "new", "save_every": 1}), code=2)
     hook.remove()
-    assert "between steps 0 and 1; nothing was saved" in one_line(capsys)
-    assert not (tmp_path / "run/last.pth").exists()
+    assert "between steps 0 and 1; nothing was saved" in told and not (tmp_path / "new/last.pth").exists()
 
 
-def full_disk(size):
-    resource.setrlimit(resource.RLIMIT_FSIZE, (size, size))  # files end there, as on a full disk
-    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-    launch.run_program(train.main)
-
-
-def test_a_full_disk_is_one_line_and_keeps_what_was_saved(tmp_path):
-    words = flags(QUICK | {"epochs": 2, "out": tmp_path / "run"})
+def test_a_full_disk_is_one_line_and_keeps_what_was_saved(tmp_path, output):
+    words, last = flags(QUICK | {"epochs": 2, "out": tmp_path / "run"}), tmp_path / "run/last.pth"
     assert forked(words, ("step", 5, signal.SIGTERM)) == 128 + signal.SIGTERM
-    before = (tmp_path / "run/last.pth").read_bytes()
-    process = fork(partial(full_disk, 2**20), [*words, "--resume"], told=tmp_path / "told")
-    process.join(60)
-    assert process.exitcode == 2
-    *_, error = (tmp_path / "told").read_text().splitlines()
-    assert error.startswith(f"error: could not write {tmp_path}/run/")
-    assert error.endswith("; what was saved before is intact")
-    assert (tmp_path / "run/last.pth").read_bytes() == before
-    assert not list(tmp_path.rglob("*.partial"))
-
-
-def test_names_with_odd_characters_break_neither_terminal_nor_log(tmp_path, monkeypatch, capsys):
-    names, out = ["a\nnewline", "b\x1b[31mred", "c\udcff", "δ 日本"], tmp_path / "run\x07"
-    path = write_folder(tmp_path / "da\x1b[2Jta", [(16, 16)], names)
-    words = QUICK | {"data": "folder", "data_path": path, "batch_size": 8, "epochs": 1, "out": out}
-    assert [run_train(monkeypatch, *flags(words)) for _ in range(2)] == [0, 2]
-    assert all(c.isprintable() or c == "\n" for told in capsys.readouterr() for c in told)
-    assert saved(out)["settings"]["classes"] == names
-
-
-# Values at random: for most settings by their kind, for these others; most are sensible, some are not
-SPECIAL = {
-    "data": ["shapes", "folder", "cifar"],
-    "data_path": ["pictures", "broken", "nowhere", "notes.txt"],
-    "model": ["tiny", "small", "resnet18", "regnet_y_200mf", "vit_b_16", "tinny"],
-    "img_size": [1, 4, 8, 16, 20, 32, 0, 10**6],
-    "patch_size": [1, 2, 4, 8, 16, 3, 10**6],
-    "limit": [4, 8, -1],
-    "teacher": ["tiny", "regnet_y_200mf", "resnet18", "mobilenet_v2"],
-    "teacher_weights": ["", "tiny.pth", "notes.txt", "none.pth"],
-    "batch_size": [1, 2, 4, 8, 7, 100],
-    "precision": ["auto", "fp32", "fp16"],
-    "workers": [-1, 0],
-    "out": ["run", "notes.txt/run"],
-} | dict.fromkeys(("epochs", "teacher_epochs", "depth"), [1])  # fmt: skip
-
-
-def random_words(rng):
-    """Flags at random."""
-    words = {"epochs": 1, "teacher_epochs": 1, "batch_size": 4, "depth": 1, "limit": 8}
-    for one in dataclasses.fields(Settings):
-        kinds = {bool: [True], int: [0, 1, 2, 3, 1000, -1], float: [0, 1e-9, 0.1, 0.5, 0.999, 10, 1e30]}
-        choices = SPECIAL.get(one.name, kinds.get(type(one.default), one.metadata["allowed"]))
-        if one.name != "compile" and rng.random() < 0.25:
-            words[one.name] = choices[rng.integers(len(choices))]
-    return flags(words | {"device": "cpu"})
-
-
-def test_flags_at_random_either_train_or_give_one_line(tmp_path, monkeypatch, capsys):
-    monkeypatch.chdir(tmp_path)
-    write_folder(tmp_path / "pictures", [(20, 30)])
-    write_folder(tmp_path / "broken", [(20, 30), (30, 20)])
-    (tmp_path / "broken/train/ant/0.png").write_bytes(b"")
-    (tmp_path / "notes.txt").write_text("notes")
-    tiny = create_model("tiny", num_classes=10, img_size=16, patch_size=8, depth=1)
-    torch.save(tiny.state_dict(), "tiny.pth")
-    first, ended = int(os.environ.get("FUZZ_FROM", 0)), Counter()
-    for seed in range(first, first + int(os.environ.get("FUZZ_RUNS", 8))):
-        words = random_words(np.random.default_rng(seed))
-        try:
-            code = run_train(monkeypatch, *words)
-        except Exception as error:
-            raise AssertionError(f"seed {seed}: train.py {' '.join(words)}") from error
-        error = capsys.readouterr().err
-        assert (code, error.count("\n")) == ((2, 1) if code else (0, 0)), (seed, code, words, error)
-        ended[code] += 1
-        for out in ("run", "runs"):
-            shutil.rmtree(out, ignore_errors=True)
-    assert min(ended[0], ended[2]) > sum(ended.values()) / 10
+    before, limits = last.read_bytes(), resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (2**20, limits[1]))  # files end there, as on a full disk
+    try:
+        error = output(run_train, *words, "--resume", code=2)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert re.fullmatch(r"error: could not write .*/run/.*; what was saved before is intact\n", error)
+    assert last.read_bytes() == before and not list(tmp_path.rglob("*.partial"))
 
 
 # ---- Tools ----
 
 
-def test_the_attention_picture_has_a_row_for_each_token_and_a_column_for_each_head(tmp_path, monkeypatch):
+def test_attention_is_drawn_by_token_and_head_and_augmentations_by_operation(tmp_path, output):
     save_network(tmp_path / "net.pth", ["a", "b"])
     Image.new("RGB", (300, 200), (10, 200, 30)).save(tmp_path / "photo.png")
-    words = [tmp_path / "net.pth", tmp_path / "photo.png", "--out", tmp_path / "out.png"]
-    assert run_evaluate(monkeypatch, "attention", *words) == 0
-    with Image.open(tmp_path / "out.png") as picture:
-        assert picture.size == (80 + 5 * 116, 2 * 138)
-        assert picture.getpixel((100, 50)) == picture.getpixel((100, 188)) == (10, 200, 30)
-    heat = pictures.overlay(Image.new("RGB", (40, 40)), torch.tensor([[0.0, 0.3], [0.3, 0.4]]))
-    low, high = (np.array(heat.getpixel(at)) for at in ((2, 2), (37, 37)))
-    assert high[:2].min() > 2 * low[2]  # yellow where most is, dark blue where nothing is
-    assert run_evaluate(monkeypatch, "attention", *words, "--layer", "13") == 2
+    words = ["attention", tmp_path / "net.pth", tmp_path / "photo.png", "--out", tmp_path / "out.png"]
+    output(run_evaluate, *words)
+    assert Image.open(tmp_path / "out.png").size == (80 + 5 * 116, 2 * 138)
+    assert "--layer 13: the network has 2 layers" in output(run_evaluate, *words, "--layer", "13", code=2)
+    output(run_evaluate, "augmentations", "--out", tmp_path / "sheet.png")
+    pixels = np.asarray(Image.open(tmp_path / "sheet.png"))
+    assert len({pixels[98 * row : 98 * row + 72, 80:].tobytes() for row in range(15)}) == 15
 
 
-def test_predictions_are_each_heads_softmax_and_their_mean(tmp_path, monkeypatch, capsys):
+def test_predictions_are_each_heads_softmax_and_their_mean(tmp_path, monkeypatch, output):
     model = save_network(tmp_path / "net.pth", ["a", "b", "c"])
     picture = Image.fromarray(np.random.default_rng(0).integers(0, 256, (40, 30, 3), dtype=np.uint8))
     (tmp_path / "deep/a").mkdir(parents=True)
@@ -2513,8 +2214,9 @@ def test_predictions_are_each_heads_softmax_and_their_mean(tmp_path, monkeypatch
     for file in files:
         picture.save(file)
     monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(f"{tmp_path}/3.png\n\n".encode())))
-    assert run_evaluate(monkeypatch, "predict", tmp_path / "net.pth", tmp_path / "deep", "-", "--json") == 0
-    records = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    words = ["predict", tmp_path / "net.pth"]
+    told = output(run_evaluate, *words, tmp_path / "deep", "-", "--json")
+    records = [json.loads(line) for line in told.splitlines()]
     assert [record["image"] for record in records] == files
     with torch.no_grad():
         first, second = (logits[0].softmax(0) for logits in model(inputs_of(tmp_path / "3.png")))
@@ -2522,75 +2224,55 @@ def test_predictions_are_each_heads_softmax_and_their_mean(tmp_path, monkeypatch
         told = [(each["name"], each["probability"]) for each in records[2][head]]
         assert [name for name, _ in told] == ["abc"[i] for i in expected.argsort(descending=True)]
         assert [p for _, p in told] == pytest.approx(expected.sort(descending=True)[0].tolist())
-    assert run_evaluate(monkeypatch, "predict", tmp_path / "net.pth", tmp_path / "3.png", "--top", "1") == 0
-    lines = capsys.readouterr().out.splitlines()
-    assert lines[0] == str(tmp_path / "3.png")
-    assert lines[1].split() == ["class", "abc"[first.argmax()], f"{100 * first.max():.1f}", "%"]
+    lines = output(run_evaluate, *words, tmp_path / "3.png", "--top", "1").splitlines()
+    assert lines[0] == files[2] and f"{'abc'[first.argmax()]} {100 * first.max():.1f} %" in lines[1]
+    (tmp_path / "empty").mkdir()
+    told = output(run_evaluate, *words, tmp_path / "empty", code=2)
+    assert told == f"error: there are no images below {tmp_path}/empty\n"
 
 
 def test_odd_images_are_predicted_or_told_in_one_line_each(tmp_path, monkeypatch, capsys):
-    save_network(tmp_path / "net.pth", ["a", "tab\there"], distilled=False)
+    save_network(tmp_path / "net.pth", ["a", "b"], distilled=False)
     (tmp_path / "text.jpg").write_text("no picture")
-    (tmp_path / "empty").mkdir()
-    kinds = {"1x1.png": ("RGB", (1, 1)), "wide.png": ("L", (20_000, 2)), "new\nline é\x1b.png": ("P", (9, 9))}
-    for name, (mode, size) in kinds.items():
-        Image.new(mode, size).save(tmp_path / name)
-    files = [tmp_path / name for name in ("text.jpg", "missing.png", *kinds)]
+    files = [tmp_path / name for name in ("text.jpg", "missing.png", "new\nline é\x1b.png")]
+    Image.new("L", (20_000, 2)).save(files[2])
     assert run_evaluate(monkeypatch, "predict", tmp_path / "net.pth", *files) == 2
     out, errors = capsys.readouterr()
     assert [line.split(" is ")[0] for line in errors.splitlines()] == [f"error: {file}" for file in files[:2]]
-    assert len(out.splitlines()) == 2 * len(kinds)
+    assert r"new\nline é\x1b.png" in out and len(out.splitlines()) == 2
     assert run_evaluate(monkeypatch, "predict", tmp_path / "net.pth", files[2], "--json") == 0
-    record = json.loads(capsys.readouterr().out)  # also one head is fused
-    assert record["fused"] == record["class"]
-    assert r"new\nline é\x1b.png" in out and r"tab\there" in out
-    assert run_evaluate(monkeypatch, "predict", tmp_path / "net.pth", tmp_path / "empty") == 2
-    assert one_line(capsys) == f"error: there are no images below {tmp_path}/empty\n"
+    record = json.loads(capsys.readouterr().out)
+    assert record["fused"] == record["class"]  # also one head is fused
 
 
-def test_curves_are_drawn_from_the_logs_of_runs(tmp_path, monkeypatch, capsys):
+def test_curves_are_drawn_from_the_logs_of_runs(tmp_path, monkeypatch, output):
     from matplotlib.figure import Figure
 
     for name, epochs in (("first", 3), ("sec$nd", 5)):
         (tmp_path / name).mkdir()
-        heads = [{"class": 10.0 + n, "distillation": 12.0 + n, "fused": 13.0 + n} for n in range(epochs)]
-        log = [{"epoch": n + 1, "loss": 2 / (n + 1), "accuracy": each} for n, each in enumerate(heads)]
+        accuracy = {"class": 10.0, "distillation": 12.0, "fused": 13.0}
+        log = [{"epoch": n, "loss": 2 / n, "accuracy": accuracy} for n in range(1, epochs + 1)]
         (tmp_path / name / "log.jsonl").write_text("".join(json.dumps(record) + "\n" for record in log))
     figures, save = [], Figure.savefig
     monkeypatch.setattr(Figure, "savefig", lambda self, *a, **k: figures.append(self) or save(self, *a, **k))
-    words = [tmp_path / "first", tmp_path / "sec$nd", "--out", tmp_path / "curves.png"]
-    assert run_evaluate(monkeypatch, "curves", *words) == 0
+    output(run_evaluate, "curves", tmp_path / "first", tmp_path / "sec$nd", "--out", tmp_path / "curves.png")
     left, right = figures[0].axes
     assert left.lines[1].get_ydata().tolist() == pytest.approx([2, 1, 2 / 3, 1 / 2, 2 / 5])
     assert [line.get_ydata()[0] for line in right.lines] == [10, 12, 13] * 2
-    (tmp_path / "first/log.jsonl").write_text("{}\n")
-    for run, message in (("first", "is not the log of a run"), ("nowhere", "holds no run with an epoch")):
-        assert run_evaluate(monkeypatch, "curves", tmp_path / run) == 2
-        assert message in one_line(capsys)
+    assert "holds no run with an epoch" in output(run_evaluate, "curves", tmp_path / "nowhere", code=2)
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
-    assert run_evaluate(monkeypatch, "curves", tmp_path / "sec$nd") == 2
-    assert one_line(capsys) == "error: curves needs matplotlib: pip install matplotlib\n"
+    assert "pip install matplotlib" in output(run_evaluate, "curves", tmp_path / "sec$nd", code=2)
 
 
-def test_the_contact_sheet_shows_every_operation(tmp_path, monkeypatch):
-    assert run_evaluate(monkeypatch, "augmentations", "--out", tmp_path / "sheet.png") == 0
-    with Image.open(tmp_path / "sheet.png") as sheet:
-        pixels = np.asarray(sheet)
-    assert len({pixels[98 * row : 98 * row + 72, 80:].tobytes() for row in range(15)}) == 15
-
-
-def test_every_word_has_an_example_in_its_help_and_on_a_page(monkeypatch, capsys):
+def test_every_word_has_an_example_in_its_help_and_on_a_page(output):
     text = "".join(page.read_text() for page in PAGES)
     for word in (act.__name__ for act in measure.WORDS):
-        assert run_evaluate(monkeypatch, word, "--help") == 0
-        assert f"evaluate.py {word} " in capsys.readouterr().out.partition("examples:")[2]
+        assert f"evaluate.py {word} " in output(run_evaluate, word, "--help").partition("examples:")[2]
         assert f"evaluate.py {word} " in text
     runs, firsts = (run_train, run_finetune, run_evaluate), ("--data {", "--checkpoint C", "WORD\n")
     for run, first, script in zip(runs, firsts, PROGRAMS, strict=True):
-        assert run(monkeypatch, "--help") == 0
-        told = capsys.readouterr().out.partition("\n")[2]  # behind the usage
-        examples, _, flags = told.partition("\n  " + first)
-        assert f" {script} " in examples and flags and "\n  --" not in examples
+        examples, _, flags = output(run, "--help").partition("\n  " + first)
+        assert f" {script} " in examples.partition("\n")[2] and flags and "\n  --" not in examples
         assert run is not run_train or "[8]" in flags  # the epochs of shapes
 
 
@@ -2634,7 +2316,7 @@ def test_the_commands_on_the_pages_are_ones_that_the_programs_take():
     assert seen == set(PROGRAMS)
 
 
-def test_every_flag_file_name_and_test_on_the_pages_exists():
+def test_every_flag_file_and_name_on_the_pages_exists():
     known = {"--nodes", "--ntasks-per-node", "--gpus-per-node", "--cpus-per-task", "--time", "--requeue"}
     known |= LAUNCHER.union(*(flags_of(script) for script in PROGRAMS))
     sources = {path: path.read_text() for path in Path().glob("*.py")}
@@ -2645,8 +2327,6 @@ def test_every_flag_file_name_and_test_on_the_pages_exists():
             assert (page.parent / path).exists(), (page, path)
         for path in re.findall(r"(?<![\w/])(\w+\.py)\b", text):
             assert Path(path).exists(), (page, path)
-        for name in re.findall(r"\btest_(?!all\b)\w+", text):
-            assert name in globals(), (page, name)
         # `name` in [file.py](file.py), or file.py: ... `name`
         for name, path in re.findall(r"`([\w.]+)` in \[(\w+\.py)\]", text):
             assert re.search(rf"(def|class) {name}\b|^{name}\b", sources[Path(path)], re.MULTILINE), name
@@ -2663,12 +2343,11 @@ def test_the_readmes_way_from_a_run_to_python_works_as_printed(tmp_path, monkeyp
 
 
 def test_the_python_on_the_pages_is_the_code_itself():
-    lines = {path: [line.strip() for line in path.read_text().splitlines()] for path in Path().glob("*.py")}
-    text = "".join(page.read_text() for page in PAGES)
-    pieces = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
+    def stripped(text):
+        return "\n".join(["", *(line.strip() for line in text.strip().splitlines()), ""])
+
+    sources = [stripped(path.read_text()) for path in Path().glob("*.py")]
+    pieces = re.findall(r"```python\n(.*?)```", "".join(page.read_text() for page in PAGES), re.DOTALL)
     assert len(pieces) >= 6
     for piece in pieces:
-        wanted = [line.strip() for line in piece.strip().splitlines()]
-        assert any(
-            wanted == found[n : n + len(wanted)] for found in lines.values() for n in range(len(found))
-        ), piece
+        assert any(stripped(piece) in source for source in sources), piece

@@ -19,6 +19,7 @@ from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
@@ -27,14 +28,14 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 import launch
 from augment import Augment, keyed_generator, normalize
-from checkpoint import Run, check_class_order, holds_run, read_log
-from data import ArraySet, FolderSet, eval_batches, load_data, steps_per_epoch, train_batches
-from distill import LOSSES, create_convnet, create_teacher, predict
+from checkpoint import Run, check_class_order, file_hash, holds_run, locate, published_url, read_log
+from data import DataSet, eval_batches, fingerprint, load_data, steps_per_epoch, train_batches
+from distill import LOSSES, RememberedLabels, create_convnet, create_teacher, predict
 from launch import Progress, StopSignals, UserError, all_gather, all_reduce, autocast, print0, rank
 from model import SIZES, create_model, fuse
 from settings import INCIDENTAL, Settings, build_parser, check, complete, describe, saved_run, start_run
 
-DataSets = list[ArraySet | FolderSet]  # training and validation
+DataSets = list[DataSet]  # training and validation
 
 # ---- Network, optimizer, schedule ----
 
@@ -45,16 +46,8 @@ def build_network(s: Settings, num_classes: int) -> nn.Module:
     if s.model not in SIZES:
         # the layout that torch recommends for convolutions
         return create_convnet(s.model, num_classes, s.img_size).to(memory_format=torch.channels_last)
-    return create_model(
-        s.model,
-        num_classes=num_classes,
-        img_size=s.img_size,
-        patch_size=s.patch_size,
-        depth=s.depth,
-        distilled=s.distilled,
-        dropout=s.dropout,
-        drop_path=s.drop_path,
-    )
+    names = ("img_size", "patch_size", "depth", "distilled", "dropout", "drop_path")
+    return create_model(s.model, num_classes=num_classes, **{name: getattr(s, name) for name in names})
 
 
 def build_optimizer(network: nn.Module, s: Settings) -> torch.optim.Optimizer:
@@ -90,7 +83,7 @@ HEADS = ("class", "distillation", "fused")
 
 @torch.no_grad()
 def predictions(
-    network: nn.Module, data: ArraySet | FolderSet, s: Settings, device: torch.device
+    network: nn.Module, data: DataSet, s: Settings, device: torch.device
 ) -> Iterator[tuple[Tensor, list[Tensor]]]:
     """Labels (B,) and each head's scores (B, C), batch by batch: every image once over all processes.
 
@@ -104,9 +97,7 @@ def predictions(
         yield labels, [outputs] if isinstance(outputs, Tensor) else [*outputs, fuse(outputs)]
 
 
-def evaluate(
-    network: nn.Module, data: ArraySet | FolderSet, s: Settings, device: torch.device
-) -> dict[str, float]:
+def evaluate(network: nn.Module, data: DataSet, s: Settings, device: torch.device) -> dict[str, float]:
     """Top-1 accuracy in percent by head: `class`, and for a pair also `distillation` and `fused`.
 
     Every image counts once, on any number of processes.
@@ -188,7 +179,8 @@ def train(
                     model.require_backward_grad_sync = part == s.accumulate - 1
                 with autocast(s.precision, device):
                     # The teacher sees exactly the inputs that the student sees.
-                    teacher_logits = predict(teacher, inputs) if teacher else None
+                    batch = run.step * s.accumulate + part
+                    teacher_logits = predict(teacher, inputs, batch) if teacher else None
                     outputs = model(inputs)
                     loss = loss_function(outputs, targets, teacher_logits, s) / s.accumulate
                 scaler.scale(loss).backward()
@@ -212,10 +204,10 @@ def train(
             if stop or (s.save_every and run.step % s.save_every == 0 and run.step % per_epoch):
                 run.save()
             if stop:
+                name = signal.Signals(stop).name
                 text = (
-                    f"stopped by {signal.Signals(stop).name} after step {run.step} of {steps}; all is saved"
+                    f"stopped by {name} after step {run.step} of {steps}; all is saved; go on with --resume"
                 )
-                text += "; go on with --resume and the same --out"
                 launch.end_program(text if rank() == 0 else "", 128 + stop)
 
         run.save()  # before the evaluation: whoever is killed in it evaluates again
@@ -273,9 +265,35 @@ def train_teacher(s: Settings, data: DataSets, device: torch.device) -> str:
     return str(all_gather(own if own.exists() else shared)[0] / "last.pth")
 
 
-def load_teacher(s: Settings, data: DataSets, device: torch.device) -> nn.Module:
+# What decides what a teacher sees and says, besides its weights and the data
+SEEN = ("teacher", "img_size", "patch_size", "augment", "mixup", "cutmix", "erasing", "repeats")
+SEEN += ("batch_size", "accumulate", "precision", "seed")
+
+
+def remembered_labels(s: Settings, data: DataSets, device: torch.device) -> RememberedLabels:
+    """The teacher's labels for this process, as far as a file beside the runs has them."""
+    weights = locate(published_url(s.teacher) if s.teacher_weights == "published" else s.teacher_weights)
+    decides = [getattr(s, name) for name in SEEN]
+    decides += [fingerprint(data[0]), file_hash(weights), device.type, rank(), launch.world_size()]
+    # Another version may draw otherwise, or an edit of these two files.
+    decides += [file_hash(Path(__file__).with_name(name)) for name in ("augment.py", "data.py")]
+    decides += [torch.__version__, np.__version__]
+    path = Path(s.out).parent / f"labels-{hashlib.sha256(repr(decides).encode()).hexdigest()[:16]}"
+    batches = s.epochs * steps_per_epoch(data[0], s) * s.accumulate
+    size = s.batch_size // launch.world_size() // s.accumulate
+    labels = RememberedLabels(path, batches, size, len(data[0].classes), device)
+    known = 100 * (labels.known > 0).mean()
+    megabytes = labels.known.nbytes / 1e6
+    print0(f"the teacher's labels: {path}, {megabytes:.1f} MB for each process, {known:.0f} % are known")
+    return labels
+
+
+def load_teacher(s: Settings, data: DataSets, device: torch.device) -> nn.Module | RememberedLabels:
     """The teacher in s.teacher_weights, on the device; it is trained first if there are none."""
     s.teacher_weights = s.teacher_weights or train_teacher(s, data, device)
+    labels = remembered_labels(s, data, device) if s.remember_labels else None
+    if labels and all(all_gather(bool(labels.known.all()))):
+        return labels
     classes = data[0].classes
     sizes = dict(img_size=s.img_size, patch_size=s.patch_size)
     teacher = create_teacher(s.teacher, len(classes), s.teacher_weights, **sizes).to(device)
@@ -287,7 +305,11 @@ def load_teacher(s: Settings, data: DataSets, device: torch.device) -> nn.Module
         raise UserError(f"{s.teacher_weights} was trained on other classes than the student's: {names}")
     if s.compile:
         teacher.compile()
-    return teacher if s.teacher in SIZES else teacher.to(memory_format=torch.channels_last)
+    if s.teacher not in SIZES:
+        teacher = teacher.to(memory_format=torch.channels_last)
+    if labels:
+        labels.teacher = teacher
+    return labels or teacher
 
 
 # ---- The program ----
@@ -298,9 +320,8 @@ def begin(s: Settings, device: torch.device) -> tuple[DataSets, nn.Module]:
     check(s)
     data = load_data(s, device)
     train_set, val_set = data
-    files = [Path(path).name for part in data for path in getattr(part, "paths", [])]
-    digest = hashlib.sha256(repr((train_set.classes, files)).encode()).hexdigest()[:8]
-    launch.check_equal("data set", f"{len(train_set)} + {len(val_set)} images ({digest})")
+    digests = " + ".join(map(fingerprint, data))
+    launch.check_equal("data set", f"{len(train_set)} + {len(val_set)} images ({digests})")
     if LOSSES[s.distill].teacher and s.teacher_weights == "published":
         check_class_order("published", train_set.classes, 1000)
     steps = steps_per_epoch(train_set, s)
