@@ -288,8 +288,8 @@ class Run:
         """Writes last.pth from rank 0, after all processes have seen that all is finite."""
         loss_sum = all_reduce(self.loss_sum.clone())
         self.check_finite(loss_sum, *self.network.parameters())
-        progress = {"step": self.step, "log": self.log, "loss_sums": [loss_sum.item()]}
-        progress["per_epoch"] = self.steps_per_epoch
+        progress = {"step": self.step, "log": self.log, "per_epoch": self.steps_per_epoch}
+        progress["loss_sums"] = [loss_sum.item()]
         parts = {"optimizer": self.optimizer.state_dict(), "scaler": self.scaler.state_dict()}
         contents = self.weights() | parts | {"progress": progress}
         if rank() == 0:
