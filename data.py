@@ -190,7 +190,7 @@ def fingerprint(data: DataSet) -> str:
     labels = data.labels.tolist() if held else data.labels
     digest = hashlib.sha256(images if held else images.encode())
     digest.update(repr((data.classes, labels)).encode())
-    return digest.hexdigest()[:8]
+    return digest.hexdigest()[:16]
 
 
 def draw_shapes(split: str, count: int, size: int) -> ArraySet:

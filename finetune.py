@@ -206,7 +206,7 @@ def main() -> None:
         s = saved_run(given, s.out, FinetuneSettings) or s
     data, network = begin(s, device)
     teacher = load_teacher(s, data, device) if LOSSES[s.distill].teacher else None
-    if teacher and teacher.img_size != s.img_size:
+    if teacher and getattr(teacher, "img_size", s.img_size) != s.img_size:
         print0(f"the teacher sees the images at its own {teacher.img_size} pixels; to bring it along first:")
         print0(f"  python finetune.py --checkpoint {s.teacher_weights} --img-size {s.img_size} --out OUT")
         print0("and name OUT/last.pth with --teacher-weights")

@@ -19,7 +19,7 @@ import torch
 
 from checkpoint import holds_run, is_url, make_directory, published_settings, save_json
 from data import DATA_NAMES
-from distill import LOSSES, check_name, create_convnet
+from distill import LOSSES, LOW_RESOLUTION, check_name, create_convnet
 from launch import UserError, did_you_mean, print0, rank, user_errors, world_size
 from model import SIZES, create_model
 
@@ -68,7 +68,7 @@ class Settings:
                            "token trained on the true label, the paper's control", "distillation (section 4)")
     no_distill_token: bool = setting(False, bool, "distill into the class token alone (rows 2, 3 of Table 3)")
     teacher: str = setting("regnet_y_16gf", str, "the teacher's network: regnet_y_200mf, _4gf, _8gf, _12gf, "
-                           "_16gf, any classifier of torchvision, or tiny, small, base")
+                           "_16gf, vgg8, any classifier of torchvision, or tiny, small, base")
     teacher_weights: str = setting("", str, "'published' (torchvision's), or a checkpoint's path or URL; "
                                    "without it a teacher is trained first on the same data, beside the run")
     teacher_epochs: int = setting(300, COUNT, "epochs of a teacher")
@@ -153,6 +153,8 @@ def complete(given: dict, recipe: dict | None = None, kind: type = Settings):
         values |= CONVNET | CONVNET_RECIPES.get(data, {})
         values["epochs"] = values.get("teacher_epochs", Settings.teacher_epochs)
     s = kind(**values | recipe | given)
+    if s.img_size <= LOW_RESOLUTION and not s.teacher_weights and "teacher" not in recipe | given:
+        s.teacher = "vgg8"
     if "warmup_epochs" not in recipe | given:  # a short run cannot spend the paper's 5 of 300 epochs on it
         s.warmup_epochs = min(s.warmup_epochs, s.epochs / 10)
     s.out = s.out or f"runs/{s.data}-{s.model}-{s.distill}"

@@ -333,6 +333,15 @@ def test_stochastic_depth_grows_linearly_and_keeps_the_expectation():
     assert not torch.equal(block.eval()(x), x)
 
 
+def test_an_exported_model_takes_batches_of_any_size():
+    model = create_model("tiny", num_classes=5, img_size=16, patch_size=8, depth=2, distilled=True).eval()
+    batch = {0: torch.export.Dim("batch", max=1024)}
+    program = torch.export.export(model, (torch.randn(4, 3, 16, 16),), dynamic_shapes=(batch,)).module()
+    for count in (1, 2, 7):
+        images = torch.randn(count, 3, 16, 16)
+        torch.testing.assert_close(program(images), model(images))
+
+
 def test_fused_prediction_adds_the_two_softmaxes():
     class_logits, dist_logits = torch.randn(4, 5), torch.randn(4, 5)
     shares = [z.exp() / z.exp().sum(1, keepdim=True) for z in (class_logits, dist_logits)]
@@ -1020,9 +1029,10 @@ def test_the_moving_average_starts_from_the_initial_weights(tmp_path, monkeypatc
     networks, seen = [], []
     monkeypatch.setattr("train.build_network", lambda *of: networks.append(build_network(*of)) or networks[0])
     hook = register_optimizer_step_post_hook(lambda *_: seen.append(deepcopy(networks[0].state_dict())))
-    assert run_train(monkeypatch, *flags(QUICK | {"ema": 0.8, "out": tmp_path / "run"})) == 0
+    words = QUICK | {"ema": 0.8, "warmup_epochs": 0}  # the first step is a long one
+    assert run_train(monkeypatch, *flags(words | {"out": tmp_path / "run"})) == 0
     hook.remove()
-    average = build_network(complete(QUICK), 10).state_dict()
+    average = build_network(complete(words), 10).state_dict()
     for weights in seen:
         average = {key: 0.8 * value + 0.2 * weights[key] for key, value in average.items()}
     torch.testing.assert_close(dict(saved(tmp_path / "run")["ema"]), average)
@@ -2227,8 +2237,7 @@ def test_predictions_are_each_heads_softmax_and_their_mean(tmp_path, monkeypatch
     lines = output(run_evaluate, *words, tmp_path / "3.png", "--top", "1").splitlines()
     assert lines[0] == files[2] and f"{'abc'[first.argmax()]} {100 * first.max():.1f} %" in lines[1]
     (tmp_path / "empty").mkdir()
-    told = output(run_evaluate, *words, tmp_path / "empty", code=2)
-    assert told == f"error: there are no images below {tmp_path}/empty\n"
+    assert "no images below" in output(run_evaluate, *words, tmp_path / "empty", code=2)
 
 
 def test_odd_images_are_predicted_or_told_in_one_line_each(tmp_path, monkeypatch, capsys, output):

@@ -19,7 +19,6 @@ from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
 
-import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
@@ -28,9 +27,10 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 import launch
 from augment import Augment, keyed_generator, normalize
-from checkpoint import Run, check_class_order, file_hash, holds_run, locate, published_url, read_log
+from checkpoint import Run, check_class_order, holds_run, read_log
 from data import DataSet, eval_batches, fingerprint, load_data, steps_per_epoch, train_batches
-from distill import LOSSES, RememberedLabels, create_convnet, create_teacher, predict
+from distill import LOSSES, create_convnet, create_teacher, predict
+from labels import RememberedLabels
 from launch import Progress, StopSignals, UserError, all_gather, all_reduce, autocast, print0, rank
 from model import SIZES, create_model, fuse
 from settings import INCIDENTAL, Settings, build_parser, check, complete, describe, saved_run, start_run
@@ -265,34 +265,11 @@ def train_teacher(s: Settings, data: DataSets, device: torch.device) -> str:
     return str(all_gather(own if own.exists() else shared)[0] / "last.pth")
 
 
-# What decides what a teacher sees and says, besides its weights and the data
-SEEN = ("teacher", "img_size", "patch_size", "augment", "mixup", "cutmix", "erasing", "repeats")
-SEEN += ("batch_size", "accumulate", "precision", "seed")
-
-
-def remembered_labels(s: Settings, data: DataSets, device: torch.device) -> RememberedLabels:
-    """The teacher's labels for this process, as far as a file beside the runs has them."""
-    weights = locate(published_url(s.teacher) if s.teacher_weights == "published" else s.teacher_weights)
-    decides = [getattr(s, name) for name in SEEN]
-    decides += [fingerprint(data[0]), file_hash(weights), device.type, rank(), launch.world_size()]
-    # Another version may draw otherwise, or an edit of these two files.
-    decides += [file_hash(Path(__file__).with_name(name)) for name in ("augment.py", "data.py")]
-    decides += [torch.__version__, np.__version__]
-    path = Path(s.out).parent / f"labels-{hashlib.sha256(repr(decides).encode()).hexdigest()[:16]}"
-    batches = s.epochs * steps_per_epoch(data[0], s) * s.accumulate
-    size = s.batch_size // launch.world_size() // s.accumulate
-    labels = RememberedLabels(path, batches, size, len(data[0].classes), device)
-    known = 100 * (labels.known > 0).mean()
-    megabytes = labels.known.nbytes / 1e6
-    print0(f"the teacher's labels: {path}, {megabytes:.1f} MB for each process, {known:.0f} % are known")
-    return labels
-
-
 def load_teacher(s: Settings, data: DataSets, device: torch.device) -> nn.Module | RememberedLabels:
     """The teacher in s.teacher_weights, on the device; it is trained first if there are none."""
     s.teacher_weights = s.teacher_weights or train_teacher(s, data, device)
-    labels = remembered_labels(s, data, device) if s.remember_labels else None
-    if labels and all(all_gather(bool(labels.known.all()))):
+    labels = RememberedLabels(s, data[0], device) if s.remember_labels else None
+    if labels and labels.complete:
         return labels
     classes = data[0].classes
     sizes = dict(img_size=s.img_size, patch_size=s.patch_size)
@@ -307,9 +284,7 @@ def load_teacher(s: Settings, data: DataSets, device: torch.device) -> nn.Module
         teacher.compile()
     if s.teacher not in SIZES:
         teacher = teacher.to(memory_format=torch.channels_last)
-    if labels:
-        labels.teacher = teacher
-    return labels or teacher
+    return labels.of(teacher) if labels else teacher
 
 
 # ---- The program ----

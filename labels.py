@@ -1,0 +1,73 @@
+"""The teacher's labels, kept in a file for the next student. A first reading can skip this file.
+
+    torchrun train.py --model tiny --distill hard --remember-labels
+
+Hard distillation needs no more of a teacher than one label for each sample. All that is random is keyed, so
+runs that agree in what decides the inputs show a teacher the same batches in the same order: the second run
+reads what it said to the first, and does not even load it. Students of any size, learning rate or stochastic
+depth, with and without the token, share a file. Fast knowledge distillation (Shen & Xing, 2022) stores labels
+beside the crops that they belong to; here the crops can be drawn again.
+"""
+
+import hashlib
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from checkpoint import file_hash, locate, published_url
+from data import DataSet, fingerprint, steps_per_epoch
+from distill import predict
+from launch import all_gather, print0, rank, world_size
+
+# What decides what a teacher sees and says, besides its weights and the data
+DECIDING = ("teacher", "img_size", "patch_size", "augment", "mixup", "cutmix", "erasing", "repeats")
+DECIDING += ("batch_size", "accumulate", "precision", "seed")
+
+
+class RememberedLabels:
+    """A teacher, and a file with its label of every sample that this process trains on.
+
+    `s` are the settings. What a killed run did not write is unknown, never wrong.
+    """
+
+    def __init__(self, s, train_set: DataSet, device: torch.device):
+        weights = locate(published_url(s.teacher) if s.teacher_weights == "published" else s.teacher_weights)
+        deciding = [getattr(s, name) for name in DECIDING]
+        deciding += [fingerprint(train_set), file_hash(weights), device.type, rank(), world_size()]
+        # Another version may draw otherwise, or an edit of these two files.
+        deciding += [file_hash(Path(__file__).with_name(name)) for name in ("augment.py", "data.py")]
+        deciding += [torch.__version__, np.__version__]
+        digest = hashlib.sha256(repr(deciding).encode()).hexdigest()[:16]
+        path, self.num_classes = Path(s.out).parent / f"labels-{digest}", len(train_set.classes)
+
+        batches = s.epochs * steps_per_epoch(train_set, s) * s.accumulate
+        shape = (batches, s.batch_size // world_size() // s.accumulate)
+        # Counted from 1. What the file does not hold, because it ends or has a hole, reads as 0: unknown.
+        self.known = np.zeros(shape, np.uint8 if self.num_classes < 256 else np.uint16)
+        path.touch()
+        stored = np.fromfile(path, self.known.dtype, self.known.size)
+        self.known.flat[: len(stored)] = stored
+        self.on_device = torch.from_numpy(self.known).to(device)
+        self.file = open(path, "r+b", buffering=0)  # noqa: SIM115
+        self.complete = all(all_gather(bool(self.known.all())))
+        share, size = 100 * (self.known > 0).mean(), self.known.nbytes / 1e6
+        print0(f"the teacher's labels: {path}, {size:.1f} MB for each process, {share:.0f} % are known")
+
+    def of(self, teacher: nn.Module) -> "RememberedLabels":
+        """The same, with a teacher to ask for what is unknown."""
+        self.teacher = teacher
+        return self
+
+    def predict(self, inputs: Tensor, batch: int) -> Tensor:
+        """The labels of that batch of inputs, as one-hot logits (B, C)."""
+        if self.known[batch].all():
+            labels = self.on_device[batch].long() - 1
+        else:
+            labels = predict(self.teacher, inputs).argmax(dim=-1)
+            self.known[batch] = labels.cpu() + 1
+            self.file.seek(self.known[:batch].nbytes)
+            self.file.write(self.known[batch])
+        return F.one_hot(labels, self.num_classes)
