@@ -308,8 +308,9 @@ def open_folder(root: Path, split: str, skip_broken: bool = False) -> DataSet:
     folder = root / ("train" if held_out else split)
     like = [root / name for name in there if name.lower() in LIKE.get(split, ())]
     if not (root / split).is_dir() and (like or "train" not in there):
-        remedy = f"move the class folders {', '.join(there[:9])} into it" if there else ""
-        remedy = f"rename {like[0]}" if like else remedy or "--data-path must hold train/CLASS/*, val/CLASS/*"
+        remedy = f"rename {like[0]}" if like else "--data-path must hold train/CLASS/*, val/CLASS/*"
+        if there and not like and split == "train":
+            remedy = f"move the class folders {', '.join(there[:9])} into it"
         raise UserError(f"there is no folder {root / split}; {remedy}")
     names = subfolders(folder)
     classes = (split == "val" and subfolders(root / "train")) or names

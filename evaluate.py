@@ -149,7 +149,7 @@ def real_labels(path: str, root: str | Path) -> list[list[int]]:
 
     The file is a list of lists of class indices, one for each ILSVRC2012_val_00000001.JPEG and so on.
     """
-    if not (isinstance(root, Path) and root.is_dir()):
+    if not isinstance(root, Path):
         raise UserError(f"--real is about ImageNet's validation files, not {root}")
     files = [path for name in subfolders(root) for path in find_images(root / name)[0]]
     try:

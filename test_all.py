@@ -1112,6 +1112,7 @@ def test_transfer_has_the_authors_recipe_and_a_short_one(name):
     short = given | {"recipe": "short"}
     assert tuned(short).items() >= dict(optimizer="adamw", epochs=30, img_size=224, lr=5e-4).items()
     assert tuned(short | {"optimizer": "sgd"})["lr"] == 0.01
+    assert [tuned(short | {"train": part})["lr"] for part in ("head", "attention")] == [0.05, 5e-3]
     assert tuned(short | {"optimizer": "sgd", "lr": 0.1})["lr"] == 0.1
 
 

@@ -311,7 +311,7 @@ def begin(s: Settings, device: torch.device) -> tuple[DataSets, nn.Module]:
     network = build_network(s, len(names))
     size, peak = sum(p.numel() for p in network.parameters()), s.lr * s.batch_size / 512
     print0(f"{size:,} parameters, {s.epochs * steps} steps, learning rate {peak:.3g}; the run is in {s.out}")
-    if steps < 10:
+    if steps < 10 and getattr(s, "train", "all") == "all":  # not of the heads alone: results/head.md
         print0(f"an epoch has only {steps} steps: of so few images a smaller --batch-size learns more")
     start_run(s)
     return data, network
