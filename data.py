@@ -12,7 +12,6 @@ import json
 import os
 import random
 import re
-import signal
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from functools import partial
@@ -409,24 +408,9 @@ def crop_file(image: Image.Image, size: int, key: tuple | None) -> Tensor:
     return to_tensor(image.crop((left, top, left + size, top + size)))
 
 
-STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM)
-
-
-def start_workers(loader: DataLoader) -> Iterator:
-    """iter(loader); signals to the whole job, as terminals and schedulers send them, miss its workers."""
-    signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
-    try:
-        return iter(loader)
-    finally:
-        signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)
-
-
 def leave_group(worker: int) -> None:
+    """A signal to the whole group, as terminals and schedulers send it, is the main process's to answer."""
     os.setpgrp()
-    for number in STOP_SIGNALS:  # forgets one that came while the worker started
-        signal.signal(number, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)  # the main process may send it
-    signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)
 
 
 def load_batches(data: DataSet, plan: Iterable, s, device: torch.device) -> Iterator:
@@ -444,7 +428,7 @@ def load_batches(data: DataSet, plan: Iterable, s, device: torch.device) -> Iter
     options = dict(num_workers=s.workers_here(), worker_init_fn=leave_group, pin_memory=device.type == "cuda")
     items = ((indices, key, s.img_size) for indices, key in plan)
     loader = DataLoader(data, sampler=items, batch_size=None, **options)
-    for batch in start_workers(loader):
+    for batch in loader:
         if isinstance(batch, UserError):
             raise batch
         images, labels, broken = batch
