@@ -210,9 +210,9 @@ def train(
                 )
                 launch.end_program(text if rank() == 0 else "", 128 + stop)
 
+        rate = (run.step - first) * s.batch_size / (time.monotonic() - started)
         run.save()  # before the evaluation: whoever is killed in it evaluates again
         loss = all_reduce(run.loss_sum.clone()).item() / launch.world_size() / per_epoch
-        rate = (run.step - first) * s.batch_size / (time.monotonic() - started)
         accuracy = evaluate(ema.module if ema else network, val_set, s, device)
         best = top1(accuracy) > max((top1(record["accuracy"]) for record in run.log), default=-1)
         lr = learning_rate(run.step - 1, steps, warmup, s)
