@@ -11,6 +11,7 @@ import itertools
 import json
 import os
 import random
+import signal
 import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
@@ -408,9 +409,16 @@ def crop_file(image: Image.Image, size: int, key: tuple | None) -> Tensor:
     return to_tensor(image.crop((left, top, left + size, top + size)))
 
 
+STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM)
+
+
 def leave_group(worker: int) -> None:
-    """A signal to the whole group, as terminals and schedulers send it, is the main process's to answer."""
+    """Signals to the whole group, as terminals and schedulers send them, are the main process's to answer."""
     os.setpgrp()
+    for number in STOP_SIGNALS:  # forgets one that came while the worker started
+        signal.signal(number, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)  # the main process may send it
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)
 
 
 def load_batches(data: DataSet, plan: Iterable, s, device: torch.device) -> Iterator:
@@ -428,7 +436,10 @@ def load_batches(data: DataSet, plan: Iterable, s, device: torch.device) -> Iter
     options = dict(num_workers=s.workers_here(), worker_init_fn=leave_group, pin_memory=device.type == "cuda")
     items = ((indices, key, s.img_size) for indices, key in plan)
     loader = DataLoader(data, sampler=items, batch_size=None, **options)
-    for batch in loader:
+    signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
+    batches = iter(loader)  # starts the workers
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)
+    for batch in batches:
         if isinstance(batch, UserError):
             raise batch
         images, labels, broken = batch
