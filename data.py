@@ -11,8 +11,8 @@ import itertools
 import json
 import os
 import random
-import signal
 import re
+import signal
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from functools import partial
