@@ -19,7 +19,7 @@ import torch
 
 from checkpoint import holds_run, is_url, make_directory, published_settings, save_json
 from data import DATA_NAMES
-from distill import LOSSES, LOW_RESOLUTION, check_name, create_convnet
+from distill import LOSSES, check_name, create_convnet
 from launch import UserError, did_you_mean, print0, rank, user_errors, world_size
 from model import SIZES, create_model
 
@@ -128,7 +128,7 @@ class Settings:
 # What each data set changes in the paper's settings: its recipe. Others are trained as ImageNet is.
 SMALL = dict(teacher="regnet_y_200mf", teacher_epochs=30, repeats=1)
 PICTURES = dict(SMALL, epochs=100, batch_size=64, lr=1e-3)
-CIFAR = dict(SMALL, img_size=32, patch_size=4, epochs=100, batch_size=256, lr=1e-3)
+CIFAR = dict(SMALL, teacher="vgg8", img_size=32, patch_size=4, epochs=100, batch_size=256, lr=1e-3)
 RECIPES = {
     "imagenet": dict(teacher_weights="published"),
     "cifar10": CIFAR,
@@ -153,8 +153,6 @@ def complete(given: dict, recipe: dict | None = None, kind: type = Settings):
         values |= CONVNET | CONVNET_RECIPES.get(data, {})
         values["epochs"] = values.get("teacher_epochs", Settings.teacher_epochs)
     s = kind(**values | recipe | given)
-    if s.img_size <= LOW_RESOLUTION and s.teacher_weights != "published" and "teacher" not in recipe | given:
-        s.teacher = "vgg8"
     if "warmup_epochs" not in recipe | given:  # a short run cannot spend the paper's 5 of 300 epochs on it
         s.warmup_epochs = min(s.warmup_epochs, s.epochs / 10)
     s.out = s.out or f"runs/{s.data}-{s.model}-{s.distill}"
