@@ -79,8 +79,8 @@ def read_checkpoint(source: str | Path) -> dict:
     No code in it is run. A URL is downloaded once; a file name that ends in -HASH.pth has its SHA-256 checked
     against it. Raises UserError if there is no such file or it is not a checkpoint.
     """
+    path = locate(source)
     try:
-        path = locate(source)
         if zipfile.is_zipfile(path):
             with zipfile.ZipFile(path) as members:
                 if any(member.compress_type for member in members.infolist()):

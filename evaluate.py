@@ -8,7 +8,7 @@ python evaluate.py tokens runs/shapes-tiny-hard/last.pth
 python evaluate.py throughput --model regnet_y_16gf
 python evaluate.py attention runs/shapes-tiny-hard/last.pth photo.jpg --out attention.png
 python evaluate.py predict deit_base_distilled photo.jpg FOLDER --top 3
-find FOLDER -name "*.jpg" | python evaluate.py predict runs/shapes-tiny-hard/last.pth - --json
+find FOLDER -iname "*.jpg" | python evaluate.py predict runs/shapes-tiny-hard/last.pth - --json
 python evaluate.py curves runs/shapes-tiny-none runs/shapes-tiny-hard --out curves.png
 python evaluate.py augmentations --out augmentations.png
 

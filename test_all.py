@@ -2380,6 +2380,7 @@ def test_the_readmes_way_from_a_run_to_python_works_as_printed(tmp_path, monkeyp
     Image.new("RGB", (30, 20), (10, 200, 30)).save("PHOTO.jpg")
     exec(block, names)
     expected = fuse(model(inputs_of("PHOTO.jpg")))[0]
+    torch.testing.assert_close(names["program"].module()(names["inputs"]), model(inputs_of("PHOTO.jpg")))
     assert names["probabilities"] == pytest.approx({"cat": expected[0].item(), "dog": expected[1].item()})
 
 

@@ -221,7 +221,8 @@ def train(
         run.end_epoch(record, best)
         broken = set().union(*all_gather(train_set.broken | val_set.broken))
         if broken:
-            print0(f"{len(broken)} image files cannot be read so far and are left out")
+            named = ", ".join(sorted(broken)[:3])
+            print0(f"{len(broken)} image files cannot be read so far and are left out, such as {named}")
         print0(f"epoch {epoch + 1}/{s.epochs}  loss {loss:.3f}  val {accuracy_line(accuracy)}")
     signals.restore()
     return run.log[-1]["accuracy"]
