@@ -3,7 +3,8 @@
 A checkpoint is read without running any code in it. A run's directory has `last.pth`, the one before it as
 `previous.pth`, `best.pth` (without the optimizer, which nobody resumes from it), `log.jsonl` (one line an
 epoch) and `settings.json`. Every file is written under a temporary name and renamed when it is whole, so a
-program killed at any time leaves whole files.
+program killed at any time leaves whole files. A third of it reads what others have published: the authors'
+checkpoints, their teacher in its own layout, torchvision's weights.
 """
 
 import hashlib

@@ -2,7 +2,8 @@
 
 A set is either an `ArraySet`, small enough to be held whole as one uint8 tensor on the device and cropped
 there, or a `FolderSet`, streamed from files by worker processes that only decode and crop. Both hand out
-batches of images uint8 (B, 3, S, S) and labels int64 (B,).
+batches of images uint8 (B, 3, S, S) and labels int64 (B,). A sixth of the file draws `shapes`, and a third
+opens the paper's other data sets and reads the folders and pictures that users really have.
 """
 
 import hashlib

@@ -5,6 +5,8 @@ class logits, "usual distillation") or the pair (class logits, distillation logi
 teaches the class token and the teacher teaches the distillation token.
 
     torchrun train.py --model tiny --distill hard
+
+The losses come first and are a third of it; the rest makes and loads networks that teach.
 """
 
 import math

@@ -2,6 +2,7 @@
 
 Devices and precision, the processes that torchrun started and what they tell each other, printing from one
 of them, signals to stop, and mistakes of the user, which end a program with one line and exit code 2.
+A quarter of it is for several processes: what they tell each other, and how they stop together.
 """
 
 import ctypes

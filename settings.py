@@ -3,6 +3,7 @@
 A first reading needs the table below and RECIPES. Each setting is a flag of train.py and finetune.py, and its
 default is the paper's value for ImageNet (Table 9). A run's settings are the flags given, over its data set's
 recipe, over these defaults; they are kept in the run's settings.json, and those that play a part are printed.
+Half of the file refuses, resumes and prints; it is long so that a mistake ends in one line and early.
 """
 
 import argparse
