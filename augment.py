@@ -109,7 +109,7 @@ def resize_lines(lines: Tensor, start: Tensor, length: Tensor, size: int) -> Ten
     weights = torch.where(distance < 1, near, far) * ((index >= start) & (index < start + length))
     weights = weights / weights.sum(dim=2, keepdim=True)
     # A line of the result is a weighted sum of `taps` lines of the image: a bag of embeddings. On a CPU
-    # products with dense (size, L) matrices take three times as long at 224 pixels.
+    # products with dense (size, L) matrices would take longer at 224 pixels.
     index = index.clamp(0, total - 1).long() + total * torch.arange(count, device=device)[:, None, None]
     index, weights = index.view(-1, taps), weights.view(-1, taps)
     resized = F.embedding_bag(index, lines.flatten(0, 1), per_sample_weights=weights, mode="sum")
@@ -167,7 +167,7 @@ def center_crop(images: Tensor, size: int) -> Tensor:
 def random_flip(images: Tensor, generator: Generator) -> Tensor:
     """Mirrors each image left to right with probability 0.5."""
     flipped = to_device(torch.rand(len(images), 1, 1, 1, generator=generator) < 0.5, images.device)
-    return flipped * images.flip(3) + ~flipped * images  # torch.where takes four times as long on uint8
+    return flipped * images.flip(3) + ~flipped * images  # torch.where is slower on uint8
 
 
 # ---- Operations: (images uint8 (n, 3, H, W), argument float (n,)) -> uint8 (n, 3, H, W) ----

@@ -13,7 +13,6 @@ import math
 import os
 import pickle
 import re
-import urllib.error
 import urllib.parse
 import zipfile
 from collections.abc import Callable
@@ -58,9 +57,9 @@ def download(url: str) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
     try:
         main_process_first(lambda: path.exists() or torch.hub.download_url_to_file(url, str(path)))
-    except urllib.error.URLError as error:
-        text = f"could not download {url}: {error.reason}; check the address and the network"
-        raise UserError(text) from None
+    except OSError as error:  # no such address, no network, or one that broke off
+        reason = getattr(error, "reason", error)
+        raise UserError(f"could not download {url}: {reason}; check the address and the network") from None
     named = re.search(r"-([0-9a-f]{8,})\.", path.name)
     if named and not file_hash(path).startswith(named[1]):
         raise UserError(f"{path} has not the SHA-256 that its name says; delete it")

@@ -1506,6 +1506,16 @@ def test_a_second_student_reads_the_labels_that_the_first_ones_teacher_gave(tmp_
     for n, more in enumerate((*inputs, {"limit": 50}, {"augment": "none"}, {"repeats": 3})):
         with pytest.raises(AssertionError, match="the teacher was asked"):
             run_train(monkeypatch, *flags(words | more | {"out": tmp_path / f"t{n}"}))
+    whole, plain = labels.read_bytes(), checkpoint.file_hash
+    labels.write_bytes(whole[:5])  # half a batch is not known
+    with pytest.raises(AssertionError, match="the teacher was asked"):
+        run_train(monkeypatch, *flags(words | {"out": tmp_path / "half"}))
+    labels.write_bytes(whole)
+    for edited in ("augment.py", "data.py"):
+        hashed = lambda path, edited=edited: plain(path) if path.name != edited else "edited"  # noqa: E731
+        monkeypatch.setattr("labels.file_hash", hashed)
+        with pytest.raises(AssertionError, match="the teacher was asked"):
+            run_train(monkeypatch, *flags(words | {"out": tmp_path / edited}))
 
 
 def test_each_of_two_processes_remembers_its_own_labels(tmp_path):
@@ -1718,8 +1728,12 @@ def touch(folder, *names):
 
 @pytest.fixture
 def matlab(monkeypatch):
-    """A stand-in for scipy, which the tests do without: torch reads what stands for the .mat files."""
-    reader = SimpleNamespace(loadmat=lambda path, squeeze_me: torch.load(path, weights_only=False))
+    """A stand-in for scipy, which the tests do without: JSON stands in the .mat files."""
+
+    def loadmat(path, squeeze_me):
+        return {name: np.array(values) for name, values in json.loads(Path(path).read_text()).items()}
+
+    reader = SimpleNamespace(loadmat=loadmat)
     monkeypatch.setitem(sys.modules, "scipy.io", reader)
     monkeypatch.setitem(sys.modules, "scipy", SimpleNamespace(io=reader, __spec__="a module's"))
 
@@ -1732,9 +1746,9 @@ def names_of(part):
 def test_flowers_train_on_train_and_val_and_are_tested_on_test(tmp_path, monkeypatch, matlab):
     base = tmp_path / "flowers-102"
     touch(base / "jpg", *[f"image_{n:05d}.jpg" for n in range(1, 8)])
-    torch.save({"labels": np.array([1, 102, 3, 1, 2, 2, 3])}, base / "imagelabels.mat")
+    (base / "imagelabels.mat").write_text(json.dumps({"labels": [1, 102, 3, 1, 2, 2, 3]}))
     parts = {"trnid": [4, 2], "valid": [7], "tstid": [1, 3, 5, 6]}
-    torch.save({name: np.array(numbers) for name, numbers in parts.items()}, base / "setid.mat")
+    (base / "setid.mat").write_text(json.dumps(parts))
     check = "torchvision.datasets.flowers102.check_integrity"  # torchvision knows the true files' MD5
     monkeypatch.setattr(check, lambda *_: True)
     train_set, val_set = load("flowers102", tmp_path, 8)
@@ -1751,12 +1765,14 @@ def test_flowers_train_on_train_and_val_and_are_tested_on_test(tmp_path, monkeyp
 def test_cars_are_read_from_the_files_that_one_has(tmp_path, matlab):
     base = tmp_path / "stanford_cars"
     touch(base, "cars_train/1.jpg", "cars_train/2.jpg", "cars_test/1.jpg", "devkit/README")
-    torch.save({"class_names": np.array(["AM General Hummer", "Acura RL"])}, base / "devkit/cars_meta.mat")
+    names = {"class_names": ["AM General Hummer", "Acura RL"]}
+    (base / "devkit/cars_meta.mat").write_text(json.dumps(names))
     rows = [{"fname": "2.jpg", "class": 2}, {"fname": "1.jpg", "class": 1}]
-    torch.save({"annotations": rows}, base / "devkit/cars_train_annos.mat")
+    (base / "devkit/cars_train_annos.mat").write_text(json.dumps({"annotations": rows}))
     with pytest.raises(UserError, match="stanford_cars must hold cars_train, cars_test, devkit and"):
         load("cars", tmp_path, 8)
-    torch.save({"annotations": [{"fname": "1.jpg", "class": 2}]}, base / "cars_test_annos_withlabels.mat")
+    rows = [{"fname": "1.jpg", "class": 2}]
+    (base / "cars_test_annos_withlabels.mat").write_text(json.dumps({"annotations": rows}))
     train_set, val_set = load("cars", tmp_path, 8)
     assert names_of(train_set) == [("2.jpg", "Acura RL"), ("1.jpg", "AM General Hummer")]
     assert names_of(val_set) == [("1.jpg", "Acura RL")]
