@@ -65,8 +65,8 @@ def draw_shape(seed: int, split: str, index: int, size: int) -> tuple[Image.Imag
     """Image `index` of a split: RGB (size, size) and its label, index mod 10; always the same.
 
     Easy cues tell a class more often than not (its color; its texture: solid, stripes or dots); otherwise
-    color and texture are anyone's. The outline always tells it, under shift, scale, rotation by up to 20
-    degrees and clutter.
+    color and texture are anyone's. The outline always tells it, under shift, scale, a little rotation and
+    clutter.
     """
     rng, label = random.Random(f"{seed}/{split}/{index}"), index % 10
     side = 3 * size  # drawn large and reduced, for smooth edges
@@ -75,11 +75,11 @@ def draw_shape(seed: int, split: str, index: int, size: int) -> tuple[Image.Imag
         hsv = (int(hue * 256) % 256, rng.randint(120, 255), int(255 * rng.uniform(low, high)))
         return Image.new("HSV", (1, 1), hsv).convert("RGB").getpixel((0, 0))
 
-    image = Image.new("RGB", (side, side), color(rng.random(), 0.1, 0.45))
+    image = Image.new("RGB", (side, side), color(rng.random(), 0.05, 0.3))
     draw = ImageDraw.Draw(image)
-    for _ in range(rng.randint(2, 5)):  # clutter: dim blobs and lines behind the shape
+    for _ in range(rng.randint(1, 3)):  # clutter: dim blobs and lines behind the shape
         x, y, r = rng.uniform(0, side), rng.uniform(0, side), rng.uniform(0.03, 0.12) * side
-        shade = color(rng.random(), 0.2, 0.8)
+        shade = color(rng.random(), 0.2, 0.5)
         if rng.random() < 0.5:
             draw.ellipse((x - r, y - r, x + r, y + r), fill=shade)
         else:
@@ -90,7 +90,7 @@ def draw_shape(seed: int, split: str, index: int, size: int) -> tuple[Image.Imag
     hue = own_hue if rng.random() < CUES else rng.random()
     texture = label % 3 if rng.random() < CUES else rng.randrange(3)
     fill = Image.new("RGB", (side, side), color(hue, 0.65, 1.0))
-    pattern, second = ImageDraw.Draw(fill), color(hue + 0.08, 0.3, 0.5)
+    pattern, second = ImageDraw.Draw(fill), color(hue + 0.08, 0.45, 0.6)
     step = max(3, int(side * rng.uniform(0.09, 0.13)))
     for i in range(0, side, step):
         if texture == 1:
@@ -99,9 +99,9 @@ def draw_shape(seed: int, split: str, index: int, size: int) -> tuple[Image.Imag
             for j in range(0, side, step):
                 pattern.ellipse((i, j, i + step // 2, j + step // 2), fill=second)
 
-    angle, radius = rng.uniform(-1, 1) * np.pi / 9, rng.uniform(0.33, 0.43) * side
+    angle, radius = rng.uniform(-1, 1) * np.pi / 36, rng.uniform(0.38, 0.43) * side
     turn = np.array([[np.cos(angle), np.sin(angle)], [-np.sin(angle), np.cos(angle)]])
-    center = np.array([rng.uniform(0.42, 0.58) * side, rng.uniform(0.42, 0.58) * side])
+    center = np.array([rng.uniform(0.47, 0.53) * side, rng.uniform(0.47, 0.53) * side])
     corners = OUTLINES[SHAPES[label]] @ turn
     mask = Image.new("L", (side, side))
     ImageDraw.Draw(mask).polygon([tuple(p) for p in corners * radius + center], fill=255)

@@ -137,8 +137,8 @@ RECIPES = {
     "folder": PICTURES,
     "flowers102": PICTURES,
     "cars": PICTURES,
-    "shapes": dict(SMALL, img_size=32, patch_size=8, epochs=8, batch_size=64, lr=4e-3, warmup_epochs=0.5,
-                   drop_path=0.0, teacher_epochs=4),
+    "shapes": dict(SMALL, teacher="vgg8", teacher_epochs=2, img_size=24, patch_size=8, epochs=8,
+                   batch_size=128, lr=4e-3, warmup_epochs=0.5, drop_path=0.0),
 }  # fmt: skip
 # What a convnet changes: SGD. Teachers have "the same data and same data-augmentation" (section 5.2),
 # but for shapes, where a teacher has one minute: too little for the whole of it.
