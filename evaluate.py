@@ -38,7 +38,7 @@ from torch.utils.flop_counter import FlopCounterMode
 import checkpoint
 import launch
 import pictures
-from augment import Augment, keyed_generator, normalize
+from augment import OPERATIONS, Augment, keyed_generator, normalize
 from data import (
     DATA_NAMES,
     DataSet,
@@ -47,6 +47,7 @@ from data import (
     draw_shapes,
     eval_batches,
     find_images,
+    load_batches,
     load_data,
     read_image,
     subfolders,
@@ -211,7 +212,8 @@ def compare(arguments: Namespace) -> None:
     """Percent of images classified differently by each pair of classifiers (Table 4).
 
     The classifiers are the ground truth and every head of every checkpoint. The validation set is the one
-    that the first checkpoint was trained with, if none is named.
+    that the first checkpoint was trained with, if none is named. With --out also a picture of the eight
+    images that most pairs decide differently.
     """
     rows, decisions, classes, shared = ["ground truth"], [], None, None
     for source, name in zip(arguments.checkpoints, short_names(arguments.checkpoints), strict=True):
@@ -226,13 +228,21 @@ def compare(arguments: Namespace) -> None:
         decisions += [*([] if decisions else [labels]), *first.unbind(1)]
         rows += [f"{name} {head}" if first.shape[1] > 1 else name for head in HEADS[: first.shape[1]]]
     decisions = torch.stack(decisions)
-    decisions = decisions[:, (decisions >= 0).all(dim=0)]  # of images that can be read
+    readable = (decisions >= 0).all(dim=0).nonzero().squeeze(1)
+    decisions = decisions[:, readable]
     width = max(map(len, rows)) + 3
     print0(f"percent of the {decisions.shape[1]} images of {called} that are classified differently")
     print0(" " * width + "".join(f"{number:>6}" for number in range(len(rows))))
     for number, (row, values) in enumerate(zip(rows, disagreement(decisions), strict=True)):
         cells = "".join(f"{100 * value:6.1f}" for value in values.tolist())
         print0(f"{f'{number} {printable(row)}':{width}}{cells}")
+    if arguments.out and rank() == 0:
+        pairs = (decisions[:, None] != decisions[None]).sum(dim=(0, 1))
+        odd = pairs.argsort(descending=True, stable=True)[:8]
+        ((images, _),) = load_batches(data, [(readable[odd].tolist(), None)], s, arguments.device)
+        found = pictures.to_pictures(images.cpu())
+        sheet = pictures.sheet(pictures.disagreement_rows(found, decisions[:, odd], rows, classes), 96)
+        pictures.save_picture(lambda out: sheet.save(out, optimize=True), arguments.out)
 
 
 # ---- tokens: the analysis of the two tokens in section 5.2 ----
@@ -372,7 +382,7 @@ def curves(arguments: Namespace) -> None:
 
 
 def augmentations(arguments: Namespace) -> None:
-    """A labeled sheet: RandAugment's operations by magnitude, and whole batches with their targets."""
+    """A labeled sheet: six of RandAugment's operations by magnitude, and whole batches with their targets."""
     if arguments.images:
         whole = [read_image(path).resize((224, 224), Image.Resampling.BICUBIC) for path in arguments.images]
         folders = [Path(path).absolute().parent.name for path in arguments.images]
@@ -381,7 +391,8 @@ def augmentations(arguments: Namespace) -> None:
     else:
         drawn = draw_shapes("val", 10, 64)
         images, labels, classes = drawn.images, drawn.labels, drawn.classes
-    rows = pictures.augmentation_rows(images, labels, classes, arguments.seed)
+    names = OPERATIONS if arguments.all else pictures.SIX
+    rows = pictures.augmentation_rows(images, labels, classes, arguments.seed, names)
     pictures.save_picture(lambda out: pictures.sheet(rows, 72).save(out, optimize=True), arguments.out)
 
 
@@ -452,7 +463,9 @@ WORDS = {
         "--per-class": dict(action="store_true", help="top-1 of every class too"),
         "--real": dict(metavar="JSON", help="ImageNet-Real's label file, real.json"),
     },
-    compare: VAL | PRECISION,
+    compare: VAL | PRECISION | {
+        "--out": dict(metavar="PNG", help="a picture of images that they decide differently"),
+    },
     tokens: VAL,
     throughput: PRECISION | {
         "--model": dict(default="tiny", help="a network, as in train.py [tiny]"),
@@ -482,6 +495,7 @@ WORDS = {
     augmentations: {
         "images": dict(nargs="*", metavar="IMAGE", help="files; their folders name classes [ten shapes]"),
         "--out": dict(metavar="PNG", default="augmentations.png", help="[augmentations.png]"),
+        "--all": dict(action="store_true", help="every operation instead of six"),
         "--seed": dict(type=int, default=0, help="of the whole batches [0]"),
     },
 }  # fmt: skip

@@ -1,11 +1,11 @@
-"""Functions from tensors and logs to pictures: attention, curves, augmentations.
+"""Functions from tensors and logs to pictures: attention, curves, augmentations, disagreements.
 
 python evaluate.py attention runs/shapes-tiny-hard/last.pth PHOTO.jpg --out attention.png
 python evaluate.py curves runs/shapes-tiny-none runs/shapes-tiny-hard --out curves.png
 python evaluate.py augmentations --out augmentations.png
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 import torch
 from PIL import Image, ImageDraw, ImageOps
@@ -22,7 +22,11 @@ Row = tuple[str, list[Image.Image], list[str]]  # a title, images, and a caption
 
 def sheet(rows: list[Row], side: int) -> Image.Image:
     """A picture of rows of images `side` pixels wide."""
-    left, step = 80, side + 26  # room for the titles on the left, and for the captions below
+    titles = [row[0].split("\n") for row in rows]
+    # Room for the titles on the left, and for the captions below
+    left = max(80, 8 + 6 * max(len(line) for title in titles for line in title))
+    captions = [caption.split("\n") for row in rows for caption in row[2]]
+    step = side + 14 * max(map(len, titles + captions))
     page = Image.new("RGB", (left + max(len(row[1]) for row in rows) * (side + 4), len(rows) * step), "white")
     draw = ImageDraw.Draw(page)
 
@@ -30,7 +34,7 @@ def sheet(rows: list[Row], side: int) -> Image.Image:
         draw.text((x, y), text.encode("latin-1", "replace").decode("latin-1"), fill="black")
 
     for row, (title, images, captions) in enumerate(rows):
-        write(4, row * step + side // 2, title)
+        write(4, row * step + side, title)
         for column, (image, caption) in enumerate(zip(images, captions, strict=True)):
             x = left + column * (side + 4)
             page.paste(image.resize((side, side), Image.Resampling.BICUBIC), (x, row * step))
@@ -139,21 +143,25 @@ def draw_curves(logs: dict[str, list[dict]], heads: tuple, path: str) -> None:
 # ---- Augmentations ----
 
 MAGNITUDES = (1, 3, 5, 7, 9, 10)
+SIX = ("Rotate", "ShearX", "Posterize", "Solarize", "Color", "Equalize")
 
 
-def augmentation_rows(images: Tensor, labels: Tensor, classes: list[str], seed: int) -> list[Row]:
-    """RandAugment's operations by magnitude on the last image, and whole batches with their targets.
+def augmentation_rows(
+    images: Tensor, labels: Tensor, classes: list[str], seed: int, names: Iterable[str] = SIX
+) -> list[Row]:
+    """Some of RandAugment's operations by magnitude on the last image, and whole batches with their targets.
 
     `images` uint8 (n, 3, S, S), `labels` int64 (n,).
     """
     rows, count = [], len(MAGNITUDES)
     m = torch.tensor(MAGNITUDES, dtype=torch.float64) / 10
     sign = torch.tensor([-1.0, 1.0], dtype=torch.float64).repeat(count)[:count]
-    for name, operation in OPERATIONS.items():
+    for name in names:
         values = RANDAUGMENT_ARGUMENTS[name](m, sign).float()
         told = ["" if name in ("AutoContrast", "Equalize", "Invert") else f"{v:.3g}" for v in values.tolist()]
         captions = [f"magnitude {magnitude}\n{t}" for magnitude, t in zip(MAGNITUDES, told, strict=True)]
-        rows.append((name, to_pictures(operation(images[-1:].expand(count, -1, -1, -1), values)), captions))
+        changed = OPERATIONS[name](images[-1:].expand(count, -1, -1, -1), values)
+        rows.append((name, to_pictures(changed), captions))
 
     batch = torch.arange(count) % len(images)
     for name, alphas in (("Mixup", {"mixup": 0.8, "cutmix": 0.0}), ("CutMix", {"mixup": 0.0, "cutmix": 1.0})):
@@ -169,3 +177,17 @@ def augmentation_rows(images: Tensor, labels: Tensor, classes: list[str], seed: 
             captions.append("\n".join(shares))
         rows.append((f"whole path,\n{name}", to_pictures(pixels.round().clamp(0, 255).byte()), captions))
     return rows
+
+
+# ---- Disagreements ----
+
+
+def disagreement_rows(found: list[Image.Image], decisions: Tensor, rows: list[str], names: list[str]) -> list:
+    """Images, and below each the class that every classifier says: `decisions` int (len(rows), n).
+
+    `rows` and `names` are the classifiers' and the classes' names.
+    """
+    captions = []
+    for column in decisions.T.tolist():
+        captions.append("\n".join(f"{number} {names[label]}" for number, label in enumerate(column)))
+    return [("\n".join(f"{number} {row}" for number, row in enumerate(rows)), found, captions)]

@@ -1334,9 +1334,8 @@ def test_compare_is_table_4_with_a_row_for_the_truth_and_each_head(tmp_path, out
     expected = torch.tensor([[0, 2, 3], [2, 0, 2], [3, 2, 0]]) / 6
     torch.testing.assert_close(measure.disagreement(torch.tensor([truth, first, second])).float(), expected)
     words = [tmp_path / f"{name}/last.pth" for name in "ab"] + ["--device", "cpu"]
-    for n in (0, 1):
-        save_network(words[n], list(data.SHAPES), distilled=n == 1)
-    lines = output(run_evaluate, "compare", *words).splitlines()
+    plain, pair = (save_network(words[n], list(data.SHAPES), distilled=n == 1) for n in (0, 1))
+    lines = output(run_evaluate, "compare", *words, "--out", tmp_path / "odd.png").splitlines()
     rows = [re.fullmatch(r"(\d) (.*?)  +([\d. ]+)", line).groups() for line in lines[2:7]]
     assert [row[1] for row in rows] == ["ground truth", "a", "b class", "b distillation", "b fused"]
     matrix = np.array([row[2].split() for row in rows], dtype=float)
@@ -1344,6 +1343,16 @@ def test_compare_is_table_4_with_a_row_for_the_truth_and_each_head(tmp_path, out
     top1 = re.findall("top-1.*", output(run_evaluate, "accuracy", *words))
     right = re.findall(r"([\d.]+) %", "".join(top1))
     assert matrix[0, 1:].tolist() == pytest.approx([100 - float(share) for share in right], abs=0.06)
+
+    drawn = draw_shapes("val", 55, 16)  # the picture begins with the image that most pairs decide differently
+    inputs = augment.normalize(drawn.images)
+    outputs = [plain(inputs), *pair(inputs), fuse(pair(inputs))]
+    decisions = [drawn.labels.tolist(), *(scores.argmax(dim=1).tolist() for scores in outputs)]
+    odd = [sum(a != b for a, b in itertools.combinations(said, 2)) for said in zip(*decisions, strict=True)]
+    first = Image.fromarray(drawn.images[odd.index(max(odd))].permute(1, 2, 0).numpy())
+    page = Image.open(tmp_path / "odd.png")
+    shown = page.crop((page.width - 800, 0, page.width - 704, 96))
+    assert shown.tobytes() == first.resize((96, 96), Image.Resampling.BICUBIC).tobytes()
 
 
 def test_token_cosines_are_those_of_the_embeddings_after_each_block(tmp_path, output):
@@ -2257,11 +2266,13 @@ def test_attention_is_drawn_by_token_and_head_and_augmentations_by_operation(tmp
     Image.new("RGB", (300, 200), (10, 200, 30)).save(tmp_path / "photo.png")
     words = ["attention", tmp_path / "net.pth", tmp_path / "photo.png", "--out", tmp_path / "out.png"]
     output(run_evaluate, *words)
-    assert Image.open(tmp_path / "out.png").size == (80 + 5 * 116, 2 * 138)
+    assert Image.open(tmp_path / "out.png").size == (80 + 5 * 116, 2 * 140)
     assert "--layer 13: the network has 2 layers" in output(run_evaluate, *words, "--layer", "13", code=2)
-    output(run_evaluate, "augmentations", "--out", tmp_path / "sheet.png")
-    pixels = np.asarray(Image.open(tmp_path / "sheet.png"))
-    assert len({pixels[98 * row : 98 * row + 72, 80:].tobytes() for row in range(15)}) == 15
+    for rows, more in ((6, []), (15, ["--all"])):
+        output(run_evaluate, "augmentations", "--out", tmp_path / "sheet.png", *more)
+        pixels = np.asarray(Image.open(tmp_path / "sheet.png"))
+        assert len(pixels) == (rows + 2) * 100
+        assert len({pixels[100 * row : 100 * row + 72, 80:].tobytes() for row in range(rows)}) == rows
 
 
 def test_predictions_are_each_heads_softmax_and_their_mean(tmp_path, monkeypatch, output):
