@@ -129,7 +129,9 @@ class Settings:
 # What each data set changes in the paper's settings: its recipe. Others are trained as ImageNet is.
 SMALL = dict(teacher="regnet_y_200mf", teacher_epochs=30, repeats=1)
 PICTURES = dict(SMALL, epochs=100, batch_size=64, lr=1e-3)
-CIFAR = dict(SMALL, teacher="vgg8", img_size=32, patch_size=4, epochs=100, batch_size=256, lr=1e-3)
+CIFAR = dict(
+    SMALL, teacher="vgg8", teacher_epochs=20, img_size=32, patch_size=4, epochs=100, batch_size=256, lr=1e-3
+)
 RECIPES = {
     "imagenet": dict(teacher_weights="published"),
     "cifar10": CIFAR,
@@ -140,10 +142,12 @@ RECIPES = {
     "shapes": dict(SMALL, teacher="vgg8", teacher_epochs=2, img_size=24, patch_size=8, epochs=8,
                    batch_size=128, lr=4e-3, warmup_epochs=0.5, drop_path=0.0),
 }  # fmt: skip
-# What a convnet changes: SGD. Teachers have "the same data and same data-augmentation" (section 5.2),
-# but for shapes, where a teacher has one minute: too little for the whole of it.
+# What a convnet changes: SGD. Teachers have "the same data and same data-augmentation" (section 5.2), but
+# for small images, where a teacher has minutes: too few for the whole of it (results/teachers.md).
 CONVNET = dict(optimizer="sgd", lr=0.8, min_lr=0.0, weight_decay=5e-5, drop_path=0.0, distill="none")
-CONVNET_RECIPES = {"shapes": dict(lr=0.4, augment="none", mixup=0.0, cutmix=0.0)}
+LIGHT = dict(augment="none", mixup=0.0, cutmix=0.0)
+CIFAR_CONVNET = dict(LIGHT, erasing=0.0, batch_size=128, weight_decay=5e-4, warmup_epochs=1.0)
+CONVNET_RECIPES = {"shapes": dict(LIGHT, lr=0.4), "cifar10": CIFAR_CONVNET, "cifar100": CIFAR_CONVNET}
 
 
 def complete(given: dict, recipe: dict | None = None, kind: type = Settings):
