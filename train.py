@@ -153,6 +153,7 @@ def train(
     launch.check_equal("step to go on from", run.step)
     start_run(s)  # a second time, now with the teacher's weights among the settings
 
+    # `network` holds the weights; `model` is the same, compiled or with its gradients averaged
     model = torch.compile(network) if s.compile else network
     if launch.world_size() > 1:
         device_ids = [device.index] if device.type == "cuda" else None
