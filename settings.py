@@ -20,7 +20,7 @@ import torch
 
 from checkpoint import holds_run, is_url, make_directory, published_settings, save_json
 from data import DATA_NAMES
-from distill import LOSSES, check_name, create_convnet
+from distill import LOSSES, LOW_RESOLUTION, check_name, create_convnet
 from launch import UserError, did_you_mean, print0, rank, user_errors, world_size
 from model import SIZES, create_model
 
@@ -127,11 +127,9 @@ class Settings:
 # fmt: on
 
 # What each data set changes in the paper's settings: its recipe. Others are trained as ImageNet is.
-SMALL = dict(teacher="regnet_y_200mf", teacher_epochs=30, repeats=1)
+SMALL = dict(teacher="regnet_y_200mf", teacher_epochs=30, repeats=1, img_size=224)
 PICTURES = dict(SMALL, epochs=100, batch_size=64, lr=1e-3)
-CIFAR = dict(
-    SMALL, teacher="vgg8", teacher_epochs=20, img_size=32, patch_size=4, epochs=100, batch_size=256, lr=1e-3
-)
+CIFAR = dict(SMALL, teacher_epochs=20, img_size=32, patch_size=4, epochs=100, batch_size=256, lr=1e-3)
 RECIPES = {
     "imagenet": dict(teacher_weights="published"),
     "cifar10": CIFAR,
@@ -139,8 +137,8 @@ RECIPES = {
     "folder": PICTURES,
     "flowers102": PICTURES,
     "cars": PICTURES,
-    "shapes": dict(SMALL, teacher="vgg8", teacher_epochs=2, img_size=24, patch_size=8, epochs=8,
-                   batch_size=128, lr=4e-3, warmup_epochs=0.5, drop_path=0.0),
+    "shapes": dict(SMALL, teacher_epochs=2, img_size=24, patch_size=8, epochs=8, batch_size=128, lr=4e-3,
+                   warmup_epochs=0.5, drop_path=0.0),
 }  # fmt: skip
 # What a convnet changes: SGD. Teachers have "the same data and same data-augmentation" (section 5.2), but
 # for small images, where a teacher has minutes: too few for the whole of it (results/teachers.md).
@@ -154,6 +152,8 @@ def complete(given: dict, recipe: dict | None = None, kind: type = Settings):
     """All settings of a run: the flags given, over `recipe`, over the data set's, over the paper's."""
     data, recipe = given.get("data", Settings.data), recipe or {}
     values = dict(RECIPES.get(data, {}))
+    if "teacher" in values and (values | recipe | given)["img_size"] <= LOW_RESOLUTION:
+        values["teacher"] = "vgg8"  # results/teachers.md
     if (recipe | given).get("model", Settings.model) not in SIZES:
         values |= CONVNET | CONVNET_RECIPES.get(data, {})
         values["epochs"] = values.get("teacher_epochs", Settings.teacher_epochs)

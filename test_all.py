@@ -1043,6 +1043,16 @@ def test_the_imagenet_recipe_is_table_9():
         assert complete({"data": "imagenet", "epochs": 20} | given).warmup_epochs == expected
 
 
+def test_images_of_up_to_64_pixels_have_a_teacher_that_looks_at_them_at_full_resolution():
+    small, large = [("shapes", 24), ("cifar10", 32), ("folder", 64)], [("folder", 65), ("cifar10", 224)]
+    rows = [*((row, "vgg8") for row in small), *((row, "regnet_y_200mf") for row in large)]
+    for (name, size), teacher in [*rows, (("imagenet", 64), "regnet_y_16gf")]:
+        given = {"data": name, "img_size": size}
+        assert complete(given).teacher == teacher
+        assert complete(given | {"teacher": "resnet18"}).teacher == "resnet18"
+    assert complete({"data": "shapes"}).teacher == complete({"data": "cifar10"}).teacher == "vgg8"
+
+
 def test_learning_rate_is_torchs_cosine_from_step_0_whose_start_a_linear_warm_up_replaces():
     s = complete({"data": "imagenet"})
     peak = 0.0005 * 1024 / 512
