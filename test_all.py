@@ -2118,11 +2118,11 @@ MISTAKES = {
     "--model regnet_y_16g": "; did you mean regnet_y_16gf?",
     "--distill hard --teacher resnet": "unknown network 'resnet'",
     "--img-size 30 --patch-size 8": "30 is not a multiple of patch size 8; try image size 32",
-    "--patch-size 64": "32 is not a multiple of patch size 64; try image size 64",
+    "--patch-size 64": "24 is not a multiple of patch size 64; try image size 64",
     "--img-size 1000000": "1000000 is not allowed: it must be from 1 to 4096",
     "--img-size 1024 --patch-size 2": "512×512 patches are more than 256×256; raise --patch-size",
     "--batch-size 30 --accumulate 4": "does not divide into processes × --accumulate = 4 parts; try 32",
-    "--batch-size 65": "is more than an epoch's 64 images",
+    "--batch-size 129": "is more than an epoch's 128 images",
     "--epochs 3 --warmup-epochs 3": "--warmup-epochs must be less than --epochs, 3",
     "--data folder --data-path nowhere": "there is no folder nowhere; name the data set's with --data-path",
     "--data-path empty": "has no use for shapes; for pictures of your own add --data folder",
@@ -2144,7 +2144,7 @@ MISTAKES = {
     "--distill hard --teacher small --teacher-weights seven.pth": "seven.pth holds a tiny, not a small",
     "--distill hard --teacher-weights http://127.0.0.1:9/teacher.pth": "could not download http://127.0.0.1:9",
     "--distill hard --teacher regnet_y_4gf --teacher-weights published": "torchvision has no weights",
-    "--model maxvit_t": "maxvit_t cannot learn from batches of 64 images of 32 pixels",
+    "--model maxvit_t": "maxvit_t cannot learn from batches of 128 images of 24 pixels",
     "--model regnet_y_200mf --img-size 4 --batch-size 1": "cannot learn from batches of 1 images of 4 pixels",
     "--out /proc/nowhere": "choose another --out",
     "--out " + 300 * "x": "File name too long; choose another --out",
@@ -2170,7 +2170,7 @@ def test_mistakes_end_with_one_line_and_exit_code_2(tmp_path, monkeypatch, outpu
     known |= {"img_size": 32, "classes": sorted(data.SHAPES)}
     torch.save({"model": ten, "settings": known}, "sorted.pth")
     before = set(tmp_path.rglob("*.pth"))
-    assert MISTAKES[words] in output(run_train, "--limit", "64", *words.split(), code=2)
+    assert MISTAKES[words] in output(run_train, "--limit", "128", *words.split(), code=2)
     assert set(tmp_path.rglob("*.pth")) == before
     assert not (tmp_path / "made").exists()
 
