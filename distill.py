@@ -32,8 +32,8 @@ def soft_distillation_loss(
     """Equation 2: (1 - λ) CE(ψ(Zs), y) + λ τ² KL(ψ(Zs/τ), ψ(Zt/τ)), the mean over the batch.
 
     `outputs` (B, C) or a pair of them; `targets` are class probabilities float (B, C), smoothed by the
-    caller, or labels int64 (B,); `teacher_logits` (B, C). KL is that of the teacher's softened distribution
-    from the student's.
+    caller, or labels int64 (B,); `teacher_logits` (B, C). KL is written as torch has it,
+    student first: Σ teacher · log(teacher / student).
     """
     class_logits, dist_logits = split(outputs)
     student, teacher = (F.log_softmax(z / tau, dim=-1) for z in (dist_logits, upcast(teacher_logits)))

@@ -160,7 +160,7 @@ def complete(given: dict, recipe: dict | None = None, kind: type = Settings):
     s = kind(**values | recipe | given)
     if "warmup_epochs" not in recipe | given:  # a short run cannot spend the paper's 5 of 300 epochs on it
         s.warmup_epochs = min(s.warmup_epochs, s.epochs / 10)
-    s.out = s.out or f"runs/{s.data}-{s.model}-{s.distill}"
+    s.out = s.out or f"runs/{s.data}-{s.model}-{s.distill}" + "-no-token" * s.no_distill_token
     return s
 
 
