@@ -1053,6 +1053,11 @@ def test_images_of_up_to_64_pixels_have_a_teacher_that_looks_at_them_at_full_res
     assert complete({"data": "shapes"}).teacher == complete({"data": "cifar10"}).teacher == "vgg8"
 
 
+def test_the_rows_of_table_3_that_share_a_loss_have_directories_of_their_own():
+    outs = [complete({"distill": "hard", "no_distill_token": single}).out for single in (False, True)]
+    assert outs == ["runs/shapes-tiny-hard", "runs/shapes-tiny-hard-no-token"]
+
+
 def test_learning_rate_is_torchs_cosine_from_step_0_whose_start_a_linear_warm_up_replaces():
     s = complete({"data": "imagenet"})
     peak = 0.0005 * 1024 / 512
