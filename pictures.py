@@ -147,7 +147,7 @@ SIX = ("Rotate", "ShearX", "Posterize", "Solarize", "Color", "Equalize")
 
 
 def augmentation_rows(
-    images: Tensor, labels: Tensor, classes: list[str], seed: int, names: Iterable[str] = SIX
+    images: Tensor, labels: Tensor, classes: list[str], seed: int, names: Iterable[str]
 ) -> list[Row]:
     """Some of RandAugment's operations by magnitude on the last image, and whole batches with their targets.
 
@@ -182,7 +182,9 @@ def augmentation_rows(
 # ---- Disagreements ----
 
 
-def disagreement_rows(found: list[Image.Image], decisions: Tensor, rows: list[str], names: list[str]) -> list:
+def disagreement_rows(
+    found: list[Image.Image], decisions: Tensor, rows: list[str], names: list[str]
+) -> list[Row]:
     """Images, and below each the class that every classifier says: `decisions` int (len(rows), n).
 
     `rows` and `names` are the classifiers' and the classes' names.

@@ -1368,6 +1368,10 @@ def test_compare_is_table_4_with_a_row_for_the_truth_and_each_head(tmp_path, out
     page = Image.open(tmp_path / "odd.png")
     shown = page.crop((page.width - 800, 0, page.width - 704, 96))
     assert shown.tobytes() == first.resize((96, 96), Image.Resampling.BICUBIC).tobytes()
+    (row,) = measure.pictures.disagreement_rows(
+        [], torch.tensor([[0, 1], [1, 1]]), ["truth", "a"], ["x", "y"]
+    )
+    assert row == ("0 truth\n1 a", [], ["0 x\n1 y", "0 y\n1 y"])
 
 
 def test_token_cosines_are_those_of_the_embeddings_after_each_block(tmp_path, output):
