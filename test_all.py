@@ -1297,7 +1297,7 @@ def test_evaluate_repeats_the_accuracy_that_training_ended_with(tmp_path, monkey
     words |= {"distill": "label", "skip_broken": True, "workers": 0, "out": tmp_path / "run"}
     assert run_train(monkeypatch, *flags(words)) == 0
     ended = checkpoint.read_log(tmp_path / "run")[-1]["accuracy"]
-    capsys.readouterr()
+    assert f"are left out, such as {tmp_path}/data/{split}/bee/3.png\n" in capsys.readouterr().out
     for word, run in (("accuracy", "run"), ("compare", "run/last.pth")):  # a run's folder is its checkpoint
         assert run_evaluate(monkeypatch, word, tmp_path / run, "--device", "cpu") == 0
     told = capsys.readouterr().out
