@@ -2414,9 +2414,12 @@ def test_every_flag_file_and_name_on_the_pages_exists():
             assert (page.parent / path).exists(), (page, path)
         for path in re.findall(r"(?<![\w/])(\w+\.py)\b", text):
             assert Path(path).exists(), (page, path)
-        # `name` in [file.py](file.py), or file.py: ... `name`
-        for name, path in re.findall(r"`([\w.]+)` in \[(\w+\.py)\]", text):
-            assert re.search(rf"(def|class) {name}\b|^{name}\b", sources[Path(path)], re.MULTILINE), name
+        # `name` in [file.py](file.py), [file.py](file.py), `name` and file.py: `name`
+        named = re.findall(r"`([\w.]+)` in \[(\w+\.py)\]", text)
+        named += [pair[::-1] for pair in re.findall(r"(\w+\.py)(?:\]\([^)]+\),|:) `([\w.]+)`", text)]
+        for name, path in named:
+            name = name.rpartition(".")[2]
+            assert re.search(rf"^( *(def|class) )?{name}\b", sources[Path(path)], re.MULTILINE), name
 
 
 def test_the_readmes_way_from_a_run_to_python_works_as_printed(tmp_path, monkeypatch):
