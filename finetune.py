@@ -1,6 +1,6 @@
 """Fine-tuning: higher resolution (sections 3, 4 and 6) and transfer to other pictures (section 5.4).
 
-    python finetune.py                          # the last run of train.py, at 1.5 times its size
+    python finetune.py                          # the last run of train.py, at about 1.5 times its size
     torchrun finetune.py --checkpoint deit_base_distilled --data imagenet --data-path IMAGENET
     torchrun finetune.py --checkpoint deit_tiny_distilled --data folder --data-path PICTURES
 
@@ -63,7 +63,8 @@ KEPT = ("model", "patch_size", "depth", "augment", "mixup", "cutmix", "erasing",
 KEPT_ON_SAME_DATA = ("distill", "no_distill_token", "teacher", "teacher_weights", "tau", "lam", "limit")
 SHOWN = PAPER | dict.fromkeys(("data", "data_path", *KEPT, *KEPT_ON_SAME_DATA), "the checkpoint's") | SHORT
 SHOWN |= {
-    "img_size": "the checkpoint's; on the checkpoint's own data 1.5 times that",
+    "img_size": "the checkpoint's; on the checkpoint's own data 1.5 times that, in whole patches",
+    "repeats": "the checkpoint's; 1 for other data",
     "distill": "the checkpoint's; for other data label where it has a second token, else none",
     "teacher_epochs": "as in train.py",
     "epochs": "30; 2 for shapes",
@@ -128,6 +129,7 @@ def finetune_settings(given: dict, saved: dict) -> FinetuneSettings:
     else:
         second = LOSSES[saved["distill"]].token and not saved["no_distill_token"]
         start["distill"] = "label" if second else "none"
+        start["repeats"] = 1  # an epoch shows each picture; the paper's recipe has its own
     s = complete(given | {"data": data, "data_path": path}, start | recipe, FinetuneSettings)
     for name in ("model", "patch_size", "depth"):
         if getattr(s, name) != saved[name]:
