@@ -204,15 +204,15 @@ def load_network(source: str) -> tuple[nn.Module, dict]:
 
 
 @torch.no_grad()
-def predict(teacher: nn.Module, inputs: Tensor, batch: int = 0) -> Tensor:
+def predict(teacher: nn.Module, inputs: Tensor, key: tuple = ()) -> Tensor:
     """What a teacher of `create_teacher` says of the student's inputs: logits (B, C), without gradient.
 
     The inputs are resized if the teacher was made for another size. A teacher with two heads speaks through
     their fusion: the softmax of what is returned is the fused prediction. With --remember-labels the teacher
-    is the file of its labels (labels.py), which knows them by the batch's number in the run.
+    is the file of its labels (labels.py), which finds those of these inputs by their key in the run.
     """
     if not isinstance(teacher, nn.Module):
-        return teacher.predict(inputs, batch)
+        return teacher.predict(inputs, key)
     size = (teacher.img_size, teacher.img_size)
     if inputs.shape[2:] != size:
         inputs = F.interpolate(inputs, size, mode="bicubic", antialias=True)

@@ -43,8 +43,8 @@ class RememberedLabels:
         digest = hashlib.sha256(repr(deciding).encode()).hexdigest()[:16]
         path, self.num_classes = Path(s.out).parent / f"labels-{digest}", len(train_set.classes)
 
-        batches = s.epochs * steps_per_epoch(train_set, s) * s.accumulate
-        shape = (batches, s.batch_size // world_size() // s.accumulate)
+        steps = s.epochs * steps_per_epoch(train_set, s)
+        shape = (steps, s.accumulate, s.batch_size // world_size() // s.accumulate)
         # Counted from 1. What the file does not hold, because it ends or has a hole, reads as 0: unknown.
         self.known = np.zeros(shape, np.uint8 if self.num_classes < 256 else np.uint16)
         path.touch()
@@ -61,13 +61,14 @@ class RememberedLabels:
         self.teacher = teacher
         return self
 
-    def predict(self, inputs: Tensor, batch: int) -> Tensor:
-        """The labels of that batch of inputs, as one-hot logits (B, C)."""
-        if self.known[batch].all():
-            labels = self.on_device[batch].long() - 1
+    def predict(self, inputs: Tensor, key: tuple) -> Tensor:
+        """The labels of the inputs of that key (seed, step, part, rank), as one-hot logits (B, C)."""
+        _, step, part, _ = key
+        if self.known[step, part].all():
+            labels = self.on_device[step, part].long() - 1
         else:
             labels = predict(self.teacher, inputs).argmax(dim=-1)
-            self.known[batch] = labels.cpu() + 1
-            self.file.seek(self.known[:batch].nbytes)
-            self.file.write(self.known[batch])
+            self.known[step, part] = labels.cpu() + 1
+            self.file.seek(self.known[:step].nbytes + self.known[step, :part].nbytes)
+            self.file.write(self.known[step, part])
         return F.one_hot(labels, self.num_classes)

@@ -180,8 +180,7 @@ def train(
                     model.require_backward_grad_sync = part == s.accumulate - 1
                 with autocast(s.precision, device):
                     # The teacher sees exactly the inputs that the student sees.
-                    batch = run.step * s.accumulate + part
-                    teacher_logits = predict(teacher, inputs, batch) if teacher else None
+                    teacher_logits = predict(teacher, inputs, key) if teacher else None
                     outputs = model(inputs)
                     loss = loss_function(outputs, targets, teacher_logits, s) / s.accumulate
                 scaler.scale(loss).backward()
