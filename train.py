@@ -67,7 +67,7 @@ def build_optimizer(network: nn.Module, s: Settings) -> torch.optim.Optimizer:
 def learning_rate(step: int, steps: int, warmup: int, s: Settings) -> float:
     """A cosine from the peak at step 0 to min_lr at step `steps`; linear warm-up replaces its first steps.
 
-    So the warm-up ends a little above the cosine that takes over, as in the authors' code.
+    The cosine has fallen a little from the peak when it takes over, as in the authors' code.
     """
     peak = s.lr * s.batch_size / 512
     if step < warmup:
