@@ -13,7 +13,8 @@ python evaluate.py curves runs/shapes-tiny-none runs/shapes-tiny-hard --out curv
 python evaluate.py augmentations --out augmentations.png
 
 CKPT is a checkpoint of train.py or finetune.py, one of the authors' (a file, a URL, or a short name such as
-deit_base_distilled), or the name of a torchvision classifier, with its published ImageNet weights.
+deit_base_distilled), or the name of a torchvision classifier, with its published ImageNet weights. The file
+is long because it has a word for each table of the paper and each picture; none needs another to be read.
 """
 
 import copy

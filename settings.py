@@ -317,7 +317,7 @@ def describe(s: Settings) -> None:
     """Prints the settings that play a part in a run; `start_run` keeps all of them."""
     parts = {
         "teacher teacher_weights teacher_epochs": LOSSES[s.distill].teacher,
-        "tau lam": s.distill == "soft",
+        "tau lam": LOSSES[s.distill].teacher and s.distill != "hard",
         "no_distill_token": LOSSES[s.distill].token and s.model in SIZES,
         "depth dropout drop_path": s.model in SIZES,
         "patch_size": SIZES.keys() & {s.model, s.teacher},
