@@ -1437,6 +1437,16 @@ def test_attention_maps_are_the_prefix_tokens_softmax_over_the_patches_and_their
 # ---- The loop ----
 
 
+def test_bf16_on_a_cpu_leaves_out_the_fused_attention_which_is_slow_there():
+    q = torch.randn(2, 3, 5, 64, requires_grad=True)
+    expected = (q @ q.transpose(2, 3) / 8).softmax(dim=-1) @ q
+    for precision in ("bf16", "fp32"):
+        with launch.autocast(precision, torch.device("cpu")):
+            found = F.scaled_dot_product_attention(q, q, q)
+        assert ("Flash" in found.grad_fn.name()) == (precision == "fp32"), found.grad_fn
+        torch.testing.assert_close(found.float(), expected, rtol=0, atol=0.05)
+
+
 @pytest.mark.parametrize("precision", ["fp16", "bf16"])
 def test_mixed_precision_trains_with_clipping_accumulation_and_average(tmp_path, monkeypatch, precision):
     words = QUICK | {"precision": precision, "clip_grad": 1.0, "accumulate": 2, "ema": 0.9}
