@@ -130,7 +130,7 @@ class Settings:
 # `complete` makes the teacher vgg8 for images of up to 64 pixels, so for cifar10, cifar100 and shapes.
 SMALL = dict(teacher="regnet_y_200mf", teacher_epochs=30, repeats=1, img_size=224)
 PICTURES = dict(SMALL, epochs=100, batch_size=64, lr=1e-3)
-CIFAR = dict(SMALL, teacher_epochs=20, img_size=32, patch_size=4, epochs=100, batch_size=256, lr=1e-3)
+CIFAR = dict(SMALL, img_size=32, patch_size=4, epochs=100, batch_size=256, lr=1e-3)
 RECIPES = {
     "imagenet": dict(teacher_weights="published"),
     "cifar10": CIFAR,
