@@ -55,7 +55,17 @@ from data import (
     to_tensor,
 )
 from distill import label_loss, load_network
-from launch import UserError, all_gather, all_reduce, autocast, print0, printable, rank, world_size
+from launch import (
+    UserError,
+    all_gather,
+    all_reduce,
+    autocast,
+    choose_precision,
+    print0,
+    printable,
+    rank,
+    world_size,
+)
 from model import DeiT, fuse
 from settings import COUNT, DEVICES, PIXELS, Parser, Settings, check_sizes, complete, from_saved
 from train import HEADS, accuracy_line, build_network, build_optimizer, predictions
@@ -70,7 +80,8 @@ def open_network(source: str, arguments: Namespace) -> tuple[nn.Module, Settings
     """
     network, saved = load_network(source)
     network.source = source
-    s = from_saved(saved, workers=-1, precision=getattr(arguments, "precision", "auto"))
+    precision = choose_precision(getattr(arguments, "precision", "auto"), arguments.device.type)
+    s = from_saved(saved, workers=-1, precision=precision)
     s.img_size = network.img_size
     return network.to(arguments.device), s
 
@@ -305,7 +316,8 @@ def throughput(arguments: Namespace) -> None:
     augmentation (which has a line of its own); it counts three times the FLOPs of inference. The peak is the
     best of several large matrix products of the same precision.
     """
-    device, precision, runs = arguments.device, arguments.precision, arguments.runs
+    device, runs = arguments.device, arguments.runs
+    precision = choose_precision(arguments.precision, device.type)
     sizes = {name: getattr(arguments, name) for name in ("model", "img_size", "patch_size")}
     s = complete({"data": "imagenet", "distill": "label" if arguments.distilled else "none"} | sizes)
     if s.distilled != arguments.distilled:
@@ -313,8 +325,8 @@ def throughput(arguments: Namespace) -> None:
     check_sizes(s.model, s, 2)
     network = build_network(s, 1000).to(device)
     model = torch.compile(network) if arguments.compile else network
-    optimizer, dtype = build_optimizer(network, s), launch.compute_dtype(precision, device)
-    scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
+    optimizer, dtype = build_optimizer(network, s), launch.DTYPES[precision]
+    scaler = torch.amp.GradScaler(device.type, enabled=precision == "fp16")
     count = arguments.batch_size or (512 if device.type == "cuda" else 16)
     images = torch.randint(256, (count, 3, s.img_size, s.img_size), dtype=torch.uint8, device=device)
     inputs, labels = normalize(images), torch.arange(count, device=device) % 1000
@@ -429,7 +441,7 @@ def predict(arguments: Namespace) -> None:
             print(f"error: {printable(str(error))}", file=sys.stderr, flush=True)
             failed = True
             continue
-        with autocast("auto", arguments.device):
+        with autocast(s.precision, arguments.device):
             outputs = network(normalize(crop[None].to(arguments.device)))
         found = {}
         heads = [outputs] if isinstance(outputs, Tensor) else [*outputs, outputs]

@@ -34,12 +34,18 @@ def world_size() -> int:
     return int(os.environ.get("WORLD_SIZE", 1))
 
 
+def device_type(name: str) -> str:
+    """cuda, mps or cpu: `name` itself if there is such a device, and for `auto` the first there is."""
+    available = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
+    name = next(device for device in available if available[device]) if name == "auto" else name
+    if not available[name]:
+        raise UserError(f"--device {name}: torch sees no such GPU here; use --device cpu")
+    return name
+
+
 def init(name: str) -> torch.device:
     """The device called `name` (auto, cuda, mps or cpu), after joining the other processes, if any."""
-    found = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
-    name = next(device for device in found if found[device]) if name == "auto" else name
-    if not found[name]:
-        raise UserError(f"--device {name}: torch sees no such GPU here; use --device cpu")
+    name = device_type(name)
     device, cuda = torch.device(name), name == "cuda"
     if cuda:
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
@@ -59,23 +65,38 @@ def init(name: str) -> torch.device:
     return device
 
 
-def compute_dtype(precision: str, device: torch.device) -> torch.dtype:
-    """The dtype of matrix products; `auto` is float32 off the GPU: many CPUs are far slower in others."""
-    if precision == "auto" and device.type == "cuda":
-        precision = "bf16" if torch.cuda.is_bf16_supported(False) else "fp16"
-    return {"bf16": torch.bfloat16, "fp16": torch.float16}.get(precision, torch.float32)
+def choose_precision(precision: str, device: str) -> str:
+    """fp32, bf16 or fp16: what `auto` means on a type of device; any other precision is itself."""
+    if precision != "auto":
+        return precision
+    if device == "cuda":
+        return "bf16" if torch.cuda.is_bf16_supported(False) else "fp16"
+    return "bf16" if device == "cpu" and cpu_is_faster_in_bf16() else "fp32"
+
+
+def cpu_is_faster_in_bf16() -> bool:
+    """Whether this CPU has instructions for bf16 that are faster than those for fp32.
+
+    Without any bf16 is hundreds of times slower. Intel's CPUs need AMX for it: their AVX-512 alone computes
+    bf16 at half the rate of fp32 (results/speed.md). An older torch does not tell what a CPU has.
+    """
+    has = torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}
+    avx512 = has.get("avx512_bf16") and "Intel" not in has.get("cpu_name", "")
+    return bool(avx512 or has.get("amx_bf16") or has.get("bf16"))  # ARM calls it bf16
+
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 @contextmanager
 def autocast(precision: str, device: torch.device) -> Iterator[None]:
-    """The context in which a network computes at this --precision."""
-    dtype = compute_dtype(precision, device)
-    if dtype == torch.float32:
+    """The context in which a network computes its matrix products in fp32, bf16 or fp16."""
+    if precision == "fp32":
         yield
         return
     # On a CPU the backward of the fused attention is the slowest part of a step in bf16 (results/speed.md).
     attention = sdpa_kernel(SDPBackend.MATH) if device.type == "cpu" else nullcontext()
-    with torch.autocast(device.type, dtype), attention:
+    with torch.autocast(device.type, DTYPES[precision]), attention:
         yield
 
 
@@ -128,23 +149,27 @@ def print0(text: str, end: str = "\n") -> None:
 class Progress:
     """A line of progress: rewritten twice a second on a terminal, one every 15 seconds in a log."""
 
-    def __init__(self, step: int, steps: int, batch_size: int):
-        self.first, self.steps, self.batch_size = step, steps, batch_size
-        self.started = self.shown = time.monotonic()
-        self.told = False  # how long it will take
+    def __init__(self, steps: int, batch_size: int):
+        self.steps, self.batch_size, self.first = steps, batch_size, 0
+        self.estimated = False  # how long it will take
 
-    def due(self) -> bool:
+    def due(self, step: int) -> bool:
+        """Whether to show the line after this step; the first, which may compile, starts the clock."""
+        if not self.first:
+            self.first, self.started = step, time.monotonic()
+            self.shown = self.started
         return rank() == 0 and time.monotonic() - self.shown > (0.5 if sys.stdout.isatty() else 15)
 
     def show(self, step: int, text: str) -> None:
         self.shown = time.monotonic()
         seconds = (self.shown - self.started) / (step - self.first)  # a step
         left = int(seconds * (self.steps - step))
-        if not self.told and self.shown - self.started > 5:
+        if not self.estimated and self.shown - self.started > 5:
             slow = left > 2 * 3600 and not torch.cuda.is_available()
             hint = "; for a quick run without a GPU add --limit 5000 --epochs 10" if slow else ""
-            print0(f"these {self.steps - self.first} steps will take about {timedelta(seconds=left)}{hint}")
-            self.told = True
+            left_out = "evaluation not counted"
+            print0(f"{self.steps - step} steps will take about {timedelta(seconds=left)}, {left_out}{hint}")
+            self.estimated = True
         rate = f"{self.batch_size / seconds:.0f} images/s  {timedelta(seconds=left)} left"
         print0(f"{text}  {rate}", end="" if sys.stdout.isatty() else "\n")
 

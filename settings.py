@@ -21,7 +21,16 @@ import torch
 from checkpoint import holds_run, is_url, make_directory, published_settings, save_json
 from data import DATA_NAMES
 from distill import LOSSES, LOW_RESOLUTION, check_name, create_convnet
-from launch import UserError, did_you_mean, print0, rank, user_errors, world_size
+from launch import (
+    UserError,
+    choose_precision,
+    device_type,
+    did_you_mean,
+    print0,
+    rank,
+    user_errors,
+    world_size,
+)
 from model import SIZES, create_model
 
 
@@ -103,8 +112,9 @@ class Settings:
     batch_size: int = setting(1024, COUNT, "images a step, of all processes and accumulated parts together")
     accumulate: int = setting(1, COUNT, "parts into which a process cuts its share of a batch; saves memory")
 
-    precision: str = setting("auto", ("auto", "fp32", "bf16", "fp16"), "auto: bf16 on a GPU that has it, "
-                             "else fp16; fp32 elsewhere", "running")
+    precision: str = setting("auto", ("auto", "fp32", "bf16", "fp16"), "of matrix products; auto: bf16 on a "
+                             "GPU that has it, else fp16; bf16 on a CPU that is faster in it, else fp32",
+                             "running")
     compile: bool = setting(False, bool, "use torch.compile")
     device: str = setting("auto", DEVICES, "auto takes a GPU where there is one")
     workers: int = setting(-1, number(int, -1, 256), "processes that read image files, -1 chooses")
@@ -146,7 +156,7 @@ RECIPES = {
 CONVNET = dict(optimizer="sgd", lr=0.8, min_lr=0.0, weight_decay=5e-5, drop_path=0.0, distill="none")
 LIGHT = dict(augment="none", mixup=0.0, cutmix=0.0)
 CIFAR_CONVNET = dict(LIGHT, erasing=0.0, batch_size=128, weight_decay=5e-4, warmup_epochs=1.0)
-CONVNET_RECIPES = {"shapes": dict(LIGHT, lr=0.4), "cifar10": CIFAR_CONVNET, "cifar100": CIFAR_CONVNET}
+CONVNET_RECIPES = {"shapes": dict(LIGHT, lr=0.1), "cifar10": CIFAR_CONVNET, "cifar100": CIFAR_CONVNET}
 
 
 def complete(given: dict, recipe: dict | None = None, kind: type = Settings):
@@ -162,12 +172,13 @@ def complete(given: dict, recipe: dict | None = None, kind: type = Settings):
     if "warmup_epochs" not in recipe | given:  # a short run cannot spend the paper's 5 of 300 epochs on it
         s.warmup_epochs = min(s.warmup_epochs, s.epochs / 10)
     s.out = s.out or f"runs/{s.data}-{s.model}-{s.distill}" + "-no-token" * s.no_distill_token
+    s.precision = choose_precision(s.precision, device_type(s.device))
     return s
 
 
 # ---- Flags ----
 
-PAPER, BARE = asdict(Settings()), asdict(complete({}))
+PAPER, BARE = asdict(Settings()), asdict(complete({})) | {"precision": "auto"}
 NOTE = "[Values in brackets] are those of bare `python train.py`, the recipe of shapes; other data sets have "
 NOTE += "other recipes (RECIPES in settings.py), --data imagenet the paper's."
 
@@ -242,13 +253,17 @@ def saved_run(given: dict, out: str, kind: type = Settings):
     if ("checkpoint" in saved) != (kind is not Settings):
         owner = "finetune.py" if "checkpoint" in saved else "train.py"
         raise UserError(f"{out} is a run of {owner}; continue it with {owner} --resume")
+    if given.get("precision") == "auto":  # it was chosen when the run began
+        given = {name: value for name, value in given.items() if name != "precision"}
     for name in sorted(given.keys() - ADJUSTABLE):
         own = saved.get(name, getattr(kind, name))
         if given[name] != own:
             more = f", or train on from its end: finetune.py --checkpoint {out}" if name == "epochs" else ""
             flag = "--" + name.replace("_", "-")
             raise UserError(f"the run in {out} has {flag} {own}, not {given[name]}; leave the flag out{more}")
-    return from_saved(saved, kind, **{"overwrite": False} | given)
+    s = from_saved(saved, kind, **{"overwrite": False} | given)
+    s.precision = choose_precision(s.precision, device_type(s.device))  # a run of an older version: auto
+    return s
 
 
 def check(s: Settings) -> None:

@@ -104,6 +104,15 @@ def output(monkeypatch, capsys):
     return output
 
 
+CHECK_TEACHER, NO_CHECK = train.check_teacher, lambda *arguments: None
+
+
+@pytest.fixture(autouse=True)
+def teachers_of_a_few_steps_may_teach(monkeypatch):
+    """They know nothing, as long as a test has time for; `check_teacher` has a test of its own."""
+    monkeypatch.setattr("train.check_teacher", NO_CHECK)
+
+
 # Runs that are to be killed, or of several processes, are forked from a server that has imported everything
 SERVER = multiprocessing.get_context("forkserver")
 SERVER.set_forkserver_preload(["test_all"])
@@ -116,6 +125,7 @@ def child(main, words, environment, told):
     torch.set_num_threads(1)
     sys.argv = ["script", *words]
     sys.stdout = sys.stderr = open(told, "w")  # noqa: SIM115
+    train.check_teacher = NO_CHECK
     main()
 
 
@@ -1492,16 +1502,63 @@ def test_two_processes_keep_one_set_of_batchnorm_statistics(tmp_path):
 def test_a_run_says_after_a_few_steps_how_long_it_takes_and_what_would_be_quick(monkeypatch, capsys):
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
     for seconds, hint in ((2, ""), (20, "; for a quick run without a GPU add --limit 5000 --epochs 10")):
-        now = itertools.count(100, 3 * seconds)  # the start, then every third step
+        now = itertools.count(100, 3 * seconds)  # after the first step, then every third step
         monkeypatch.setattr("time.monotonic", lambda now=now: next(now))
-        progress = launch.Progress(7, 1007, batch_size=64)
+        progress = launch.Progress(1007, batch_size=64)
+        progress.first, progress.started = 7, next(now)
         for step in (10, 13):
             progress.show(step, f"step {step}")
         first, second, third = capsys.readouterr().out.splitlines()
         left = "0:33:14" if seconds == 2 else "5:32:20"
-        assert first == f"these 1000 steps will take about {left}{hint}"
+        assert first == f"997 steps will take about {left}, evaluation not counted{hint}"
         assert second == f"step 10  {64 / seconds:.0f} images/s  {left} left"
         assert third.startswith("step 13  ")
+
+
+@pytest.mark.parametrize("seed", [0, 1])
+def test_the_first_commands_teacher_learns_whatever_the_seed(tmp_path, monkeypatch, seed):
+    words = {"model": "vgg8", "seed": seed, "limit": 2000, "img_size": 16, "out": tmp_path / "run"}
+    assert run_train(monkeypatch, *flags(words)) == 0
+    assert checkpoint.read_log(tmp_path / "run")[1]["accuracy"]["class"] > 50  # at four times the rate 17
+
+
+def test_a_teacher_that_knows_no_more_than_the_largest_class_is_refused(tmp_path, monkeypatch, output):
+    val = ArraySet(torch.zeros(8, 3, 1, 1), torch.tensor([0, 0, 0, 1, 2, 2, 1, 0]), list("abc"))
+    CHECK_TEACHER(50.1, val)
+    with pytest.raises(UserError, match="has 50.00 %, where naming the largest class alone has 50.00 %"):
+        CHECK_TEACHER(50.0, val)
+    monkeypatch.setattr("train.check_teacher", CHECK_TEACHER)
+    words = flags(
+        QUICK | {"distill": "hard", "teacher": "resnet18", "teacher_epochs": 1, "out": tmp_path / "run"}
+    )
+    for _ in range(2):  # trained now, and found
+        assert "raise --teacher-epochs" in output(run_train, *words, code=2)
+        assert not (tmp_path / "run/last.pth").exists()
+
+
+def test_auto_is_bf16_where_the_device_is_faster_in_it(tmp_path, monkeypatch, output):
+    amd, intel = {"cpu_name": "AMD EPYC"}, {"cpu_name": "Intel Xeon"}
+    rows = [(amd | {"avx512_bf16": True}, "bf16"), (amd | {"avx512_bf16": False}, "fp32"), ({}, "fp32")]
+    rows += [
+        (intel | {"avx512_bf16": True}, "fp32"),
+        (intel | {"avx512_bf16": True, "amx_bf16": True}, "bf16"),
+    ]
+    rows += [({"architecture": "aarch64", "bf16": True}, "bf16"), ({"neon": True, "bf16": False}, "fp32")]
+    for has, expected in rows:
+        monkeypatch.setattr("torch.cpu.get_capabilities", lambda has=has: has, raising=False)
+        assert launch.choose_precision("auto", "cpu") == expected, has
+        assert launch.choose_precision("fp16", "cpu") == "fp16"
+        assert launch.choose_precision("auto", "mps") == "fp32"
+    monkeypatch.setattr("torch.cpu.get_capabilities", lambda: rows[0][0], raising=False)
+    told = output(run_train, *flags(QUICK | {"epochs": 1, "out": tmp_path / "run"}))
+    assert "precision=bf16" in told
+    monkeypatch.delattr(
+        "torch.cpu.get_capabilities", raising=False
+    )  # as in an older torch, or on another machine
+    assert launch.choose_precision("auto", "cpu") == "fp32"
+    for more in ({}, {"precision": "auto"}):  # a run keeps the precision that it began with
+        told = output(run_train, *flags({"out": tmp_path / "run", "resume": True} | more))
+        assert "precision=bf16" in told and saved(tmp_path / "run")["settings"]["precision"] == "bf16"
 
 
 def test_a_teacher_is_trained_once_and_reused_by_every_student(tmp_path, output):

@@ -145,8 +145,7 @@ def train(
         ema = AveragedModel(network, multi_avg_fn=get_ema_multi_avg_fn(s.ema), use_buffers=True)
         ema.n_averaged += 1  # the average starts from the initial weights
     optimizer = build_optimizer(network, s)
-    fp16 = launch.compute_dtype(s.precision, device) == torch.float16
-    scaler = torch.amp.GradScaler(device.type, enabled=fp16)
+    scaler = torch.amp.GradScaler(device.type, enabled=s.precision == "fp16")
     run = Run(network, optimizer, scaler, ema, asdict(s) | {"classes": train_set.classes}, per_epoch)
     if s.resume and holds_run(s.out):
         run.resume()
@@ -160,7 +159,7 @@ def train(
         model = DistributedDataParallel(model, device_ids=device_ids, gradient_as_bucket_view=True)
     batches = train_batches(train_set, s, run.step, device)
     augment = Augment(len(train_set.classes), s.augment, s.erasing, s.mixup, s.cutmix, s.smoothing)
-    progress = Progress(run.step, steps, s.batch_size)
+    progress = Progress(steps, s.batch_size)
     signals = StopSignals()
     for epoch in range(len(run.log), s.epochs):
         network.train()
@@ -195,7 +194,7 @@ def train(
                 ema.update_parameters(network)
             run.step += 1
 
-            if progress.due():
+            if progress.due(run.step):
                 run.check_finite(run.loss_sum)
                 mean = run.loss_sum.item() / (run.step - epoch * per_epoch)
                 text = f"epoch {epoch + 1}  step {run.step}/{steps}  loss {mean:.3f}  lr {lr:.2e}"
@@ -251,6 +250,7 @@ def train_teacher(s: Settings, data: DataSets, device: torch.device) -> str:
         log = all_gather(read_log(out))[0]
         if len(log) == t.epochs:
             print0(f"teacher: {out}/last.pth, trained earlier, {top1(log[-1]['accuracy']):.2f} % top-1")
+            check_teacher(top1(log[-1]["accuracy"]), data[1])
             return str(out / "last.pth")
 
     print0(f"teacher: training a {t.model} first, {t.epochs} epochs; it is kept in {shared}")
@@ -263,7 +263,18 @@ def train_teacher(s: Settings, data: DataSets, device: torch.device) -> str:
     print0(f"teacher: {top1(accuracy):.2f} % top-1")
     if rank() == 0 and not shared.exists():  # or another run has put one there, which stays
         own.rename(shared)
+    check_teacher(top1(accuracy), data[1])
     return str(all_gather(own if own.exists() else shared)[0] / "last.pth")
+
+
+def check_teacher(accuracy: float, val_set: DataSet) -> None:
+    """Raises UserError where a teacher is no better than to name the largest class of every image."""
+    counts = torch.as_tensor(val_set.labels).bincount()
+    largest = 100 * counts.max().item() / len(val_set)
+    if accuracy <= largest:
+        text = f"the teacher has {accuracy:.2f} %, where naming the largest class alone has {largest:.2f} %"
+        remedy = "raise --teacher-epochs, name a better one with --teacher-weights, or use --distill none"
+        raise UserError(f"{text}; {remedy}")
 
 
 def load_teacher(s: Settings, data: DataSets, device: torch.device) -> nn.Module | RememberedLabels:
@@ -322,8 +333,8 @@ def finish(s: Settings, accuracy: dict[str, float], started: float) -> None:
     """Tells what came out, where it is, and what to do next."""
     if rank() > 0:
         return
-    minutes = (time.monotonic() - started) / 60
-    print0(f"\n{s.model} on {s.data}, top-1 in validation, after {minutes:.1f} minutes:")
+    minutes, begin = (time.monotonic() - started) / 60, "--resume" if s.resume else "the start"
+    print0(f"\n{s.model} on {s.data}, top-1 in validation, {minutes:.1f} minutes after {begin}:")
     for head, percent in accuracy.items():
         print0(f"  {head:12} {percent:6.2f} %")
     best = max(read_log(Path(s.out)), key=lambda record: top1(record["accuracy"]))
