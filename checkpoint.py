@@ -1,15 +1,13 @@
-"""Files that hold weights or runs: ours, the authors', torchvision's. A first reading can skip this file.
+"""Files that hold weights or runs. A first reading can skip this file.
 
 A checkpoint is read without running any code in it. A run's directory has `last.pth`, the one before it as
 `previous.pth`, `best.pth` (without the optimizer, which nobody resumes from it), `log.jsonl` (one line an
 epoch) and `settings.json`. Every file is written under a temporary name and renamed when it is whole, so a
-program killed at any time leaves whole files. A third of it reads what others have published: the authors'
-checkpoints, their teacher in its own layout, torchvision's weights.
+program killed at any time leaves whole files.
 """
 
 import hashlib
 import json
-import math
 import os
 import pickle
 import re
@@ -19,11 +17,11 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
-import torchvision
 from torch import Tensor, nn
 
 from launch import UserError, all_reduce, main_process_first, print0, rank
-from model import SIZES
+
+# ---- Reading ----
 
 # The authors' ImageNet checkpoints, by short name. A file's name ends in the first digits of its SHA-256.
 OFFICIAL = {
@@ -37,9 +35,6 @@ OFFICIAL = {
     "deit_base_distilled_384": "deit_base_distilled_patch16_384-d0272ac0",
 }
 OFFICIAL = {name: f"https://dl.fbaipublicfiles.com/deit/{file}.pth" for name, file in OFFICIAL.items()}
-
-
-# ---- Reading ----
 
 
 def is_url(source: str | Path) -> bool:
@@ -104,97 +99,6 @@ def read_checkpoint(source: str | Path) -> dict:
 def checkpoint_weights(contents: dict) -> dict[str, Tensor]:
     """The weights to use from a checkpoint: the moving average where there is one, else the model's."""
     return contents.get("ema") or contents.get("model") or contents
-
-
-def num_blocks(state: dict[str, Tensor]) -> int:
-    """How many transformer blocks there are in weights."""
-    return len({key.split(".")[1] for key in state if key.startswith("blocks.")})
-
-
-def checkpoint_settings(contents: dict) -> dict:
-    """How the network in a checkpoint was made and trained; {} if the checkpoint does not tell.
-
-    Ours hold their settings, to which `num_classes` is added. The weights of the authors' files, DeiT or
-    teacher, tell enough: model, sizes, distillation, the number of classes; the class names are None.
-    """
-    if settings := contents.get("settings"):
-        return settings | ({"num_classes": len(settings["classes"])} if "classes" in settings else {})
-    state, known = checkpoint_weights(contents), {"data": "imagenet", "data_path": "data", "classes": None}
-    dims = {name: getattr(value, "ndim", None) for name, value in state.items()}
-    if {"stem.conv.weight": 4, "head.fc.weight": 2}.items() <= dims.items():
-        num_classes, width = state["head.fc.weight"].shape
-        names = {3024: "regnet_y_16gf"}  # of the authors' teacher
-        known |= {"distill": "none"}
-    elif {"pos_embed": 3, "patch_embed.proj.weight": 4, "head.weight": 2}.items() <= dims.items():
-        names = {dim: name for name, (dim, _) in SIZES.items()}
-        num_classes, width = state["head.weight"].shape
-        patch_size = state["patch_embed.proj.weight"].shape[-1]
-        img_size = math.isqrt(state["pos_embed"].shape[1] - 1) * patch_size  # 1 or 2 more than a square
-        known |= {"distill": "hard" if "dist_token" in state else "none", "depth": num_blocks(state)}
-        known |= {"img_size": img_size, "patch_size": patch_size}
-    else:
-        return {}
-    return known | {"model": names.get(width), "num_classes": num_classes, "no_distill_token": False}
-
-
-# ---- Published weights ----
-
-
-def published_url(name: str) -> str:
-    """Where a network's ImageNet weights are: the DeiT authors', or the best of torchvision's."""
-    if name in SIZES:
-        return OFFICIAL[f"deit_{name}"]
-    try:
-        return torchvision.models.get_model_weights(name).DEFAULT.url
-    except ValueError:
-        raise UserError(
-            f"torchvision has no weights for {name}; train.py --model {name} makes them"
-        ) from None
-
-
-def published_settings(name: str) -> dict:
-    """How torchvision's published ImageNet weights of a network are to be used."""
-    url = published_url(name)
-    chosen = torchvision.models.get_model_weights(name).DEFAULT.transforms.keywords
-    if chosen.get("mean", (0.485, 0.456, 0.406)) != (0.485, 0.456, 0.406):
-        raise UserError(f"the weights in {url} were trained on images that were normalized differently")
-    known = {"data": "imagenet", "data_path": "data", "num_classes": 1000, "classes": None}
-    return known | {"model": name, "img_size": chosen["crop_size"]}
-
-
-def is_imagenet(classes: list[str] | None, num_classes: int) -> bool:
-    """Whether classes are ImageNet's 1000, which files know as nothing or as `n01440764` and so on."""
-    return num_classes == 1000 and all(re.fullmatch(r"n\d{8}", name) for name in classes or ())
-
-
-def check_class_order(source: str, names: list[str], num_classes: int) -> None:
-    """Raises UserError if a network of so many nameless classes knows ImageNet's, and these are others."""
-    if num_classes == 1000 and not is_imagenet(names, len(names)):
-        raise UserError(f"{source} knows ImageNet's 1000 classes; the data set has others: {names[0]!r}")
-
-
-# The paper's teacher, regnety_160-a5fe301d.pth, names its modules otherwise: (its pattern, torchvision's).
-PAPER_LAYOUT = (
-    (r"^s(\d)\.b(\d+)", lambda m: f"trunk_output.block{m[1]}.block{m[1]}-{int(m[2]) - 1}"),
-    (r"\.conv(\d)", lambda m: f".f.{'abc'[int(m[1]) - 1]}"),
-    (r"\.se\.", ".f.se."),
-    (r"\.downsample", ".proj"),
-    (r"\.conv\.", ".0."),
-    (r"\.bn\.", ".1."),
-    (r"^head\.fc", "fc"),
-)
-
-
-def torchvision_layout(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """A RegNetY's weights with torchvision's names, whichever of the two layouts they come in."""
-    if "stem.conv.weight" not in state:
-        return state
-    renamed = {}
-    for key, value in state.items():
-        for pattern, replacement in PAPER_LAYOUT:
-            key = re.sub(pattern, replacement, key)
-        renamed[key] = value
-    return renamed
 
 
 # ---- Writing ----

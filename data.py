@@ -11,7 +11,6 @@ import importlib.util
 import itertools
 import json
 import os
-import random
 import re
 import signal
 from collections.abc import Iterable, Iterator
@@ -22,94 +21,14 @@ from pathlib import Path
 import numpy as np
 import torch
 import torchvision
-from PIL import Image, ImageDraw, ImageOps
+from PIL import Image, ImageOps
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 import augment
 from augment import center_crop, keyed_generator, pad_and_crop, random_boxes, random_crop, to_device
 from launch import UserError, main_process_first, print0, rank, world_size
-
-# ---- shapes: ten classes drawn by the program itself ----
-
-SHAPES = ("circle", "ring", "half", "triangle", "square", "bar", "plus", "star", "arrow", "ell")
-
-
-def outline(shape: str) -> np.ndarray:
-    """The corners (n, 2) of a shape centered on the origin, reaching to about 1."""
-    polygons = {
-        "bar": [(-1.1, -0.35), (1.1, -0.35), (1.1, 0.35), (-1.1, 0.35)],
-        "plus": [(-1, -0.3), (-0.3, -0.3), (-0.3, -1), (0.3, -1), (0.3, -0.3), (1, -0.3),
-                 (1, 0.3), (0.3, 0.3), (0.3, 1), (-0.3, 1), (-0.3, 0.3), (-1, 0.3)],
-        "arrow": [(-1.1, -0.25), (0.1, -0.25), (0.1, -0.85), (1.1, 0), (0.1, 0.85), (0.1, 0.25),
-                  (-1.1, 0.25)],
-        "ell": [(-0.8, -1), (-0.2, -1), (-0.2, 0.4), (0.8, 0.4), (0.8, 1), (-0.8, 1)],
-    }  # fmt: skip
-    if shape in polygons:
-        return np.array(polygons[shape])
-    count, radius = {"triangle": (3, 1.1), "square": (4, 1.1), "star": (10, 1.15)}.get(shape, (24, 1.0))
-    angles = np.arange(count) / count * 2 * np.pi
-    if count == 24:
-        angles = np.linspace(0, np.pi if shape == "half" else 2 * np.pi, 24)
-    corners = radius * np.stack([np.cos(angles), np.sin(angles)], axis=1)
-    if shape == "star":
-        corners[1::2] *= 0.45 / 1.15
-    return corners - (0, 0.4 if shape == "half" else 0)
-
-
-OUTLINES = {shape: outline(shape) for shape in SHAPES}
-CUES = 0.6  # the share of images in which a class wears its own color; and, separately, its own texture
-
-
-def draw_shape(seed: int, split: str, index: int, size: int) -> tuple[Image.Image, int]:
-    """Image `index` of a split: RGB (size, size) and its label, index mod 10; always the same.
-
-    Easy cues tell a class more often than not (its color; its texture: solid, stripes or dots); otherwise
-    color and texture are anyone's. The outline always tells it, under shift, scale, a little rotation and
-    clutter.
-    """
-    rng, label = random.Random(f"{seed}/{split}/{index}"), index % 10
-    side = 3 * size  # drawn large and reduced, for smooth edges
-
-    def color(hue: float, low: float, high: float) -> tuple[int, int, int]:
-        hsv = (int(hue * 256) % 256, rng.randint(120, 255), int(255 * rng.uniform(low, high)))
-        return Image.new("HSV", (1, 1), hsv).convert("RGB").getpixel((0, 0))
-
-    image = Image.new("RGB", (side, side), color(rng.random(), 0.05, 0.3))
-    draw = ImageDraw.Draw(image)
-    for _ in range(rng.randint(1, 3)):  # clutter: dim blobs and lines behind the shape
-        x, y, r = rng.uniform(0, side), rng.uniform(0, side), rng.uniform(0.03, 0.12) * side
-        shade = color(rng.random(), 0.2, 0.5)
-        if rng.random() < 0.5:
-            draw.ellipse((x - r, y - r, x + r, y + r), fill=shade)
-        else:
-            end = (rng.uniform(0, side), rng.uniform(0, side))
-            draw.line((x, y, *end), fill=shade, width=max(1, int(r / 3)))
-
-    own_hue = (label + rng.gauss(0, 0.25)) / 10
-    hue = own_hue if rng.random() < CUES else rng.random()
-    texture = label % 3 if rng.random() < CUES else rng.randrange(3)
-    fill = Image.new("RGB", (side, side), color(hue, 0.65, 1.0))
-    pattern, second = ImageDraw.Draw(fill), color(hue + 0.08, 0.45, 0.6)
-    step = max(3, int(side * rng.uniform(0.09, 0.13)))
-    for i in range(0, side, step):
-        if texture == 1:
-            pattern.rectangle((0, i, side, i + step // 2), fill=second)
-        elif texture == 2:
-            for j in range(0, side, step):
-                pattern.ellipse((i, j, i + step // 2, j + step // 2), fill=second)
-
-    angle, radius = rng.uniform(-1, 1) * np.pi / 36, rng.uniform(0.38, 0.43) * side
-    turn = np.array([[np.cos(angle), np.sin(angle)], [-np.sin(angle), np.cos(angle)]])
-    center = np.array([rng.uniform(0.47, 0.53) * side, rng.uniform(0.47, 0.53) * side])
-    corners = OUTLINES[SHAPES[label]] @ turn
-    mask = Image.new("L", (side, side))
-    ImageDraw.Draw(mask).polygon([tuple(p) for p in corners * radius + center], fill=255)
-    if SHAPES[label] == "ring":
-        ImageDraw.Draw(mask).polygon([tuple(p) for p in corners * radius * 0.55 + center], fill=0)
-    image.paste(fill, mask=mask)
-    return image.reduce(3), label
-
+from shapes import SHAPES, draw_shapes
 
 # ---- Two kinds of data set ----
 
@@ -192,15 +111,6 @@ def fingerprint(data: DataSet) -> str:
     digest = hashlib.sha256(images if held else images.encode())
     digest.update(repr((data.classes, labels)).encode())
     return digest.hexdigest()[:16]
-
-
-def draw_shapes(split: str, count: int, size: int) -> ArraySet:
-    """The first `count` shapes of a split."""
-    if count * 3 * size**2 > 2**33:
-        raise UserError(f"{count} shapes of {size} pixels are more than 8 GiB; choose a smaller --img-size")
-    drawn = [draw_shape(0, split, index, size) for index in range(count)]
-    images = torch.stack([to_tensor(image) for image, _ in drawn])
-    return ArraySet(images, torch.tensor([label for _, label in drawn]), list(SHAPES))
 
 
 def download(kind: type, root: Path, **which) -> Dataset:
@@ -373,7 +283,12 @@ def load_data(s, device: torch.device, splits: tuple = ("train", "val")) -> list
     found = []
     for split in splits:
         if s.data == "shapes":
-            data = draw_shapes(split, min(SHAPES_COUNT[split], s.limit or SHAPES_COUNT[split]), s.img_size)
+            count = min(SHAPES_COUNT[split], s.limit or SHAPES_COUNT[split])
+            if count * 3 * s.img_size**2 > 2**33:
+                raise UserError(
+                    f"{count} shapes of {s.img_size} pixels are more than 8 GiB; lower --img-size"
+                )
+            data = ArraySet(*draw_shapes(split, count, s.img_size), list(SHAPES))
         else:
             data = OPENERS[s.data](Path(s.data_path), split, s.skip_broken)
         if 0 < s.limit < len(data):

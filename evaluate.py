@@ -45,7 +45,6 @@ from data import (
     DataSet,
     FolderSet,
     crop_file,
-    draw_shapes,
     eval_batches,
     find_images,
     load_batches,
@@ -54,7 +53,7 @@ from data import (
     subfolders,
     to_tensor,
 )
-from distill import label_loss, load_network
+from distill import label_loss
 from launch import (
     UserError,
     all_gather,
@@ -67,7 +66,9 @@ from launch import (
     world_size,
 )
 from model import DeiT, fuse
+from networks import check_class_order, is_imagenet, load_network
 from settings import COUNT, DEVICES, PIXELS, Parser, Settings, check_sizes, complete, from_saved
+from shapes import SHAPES, draw_shapes
 from train import HEADS, accuracy_line, build_network, build_optimizer, predictions
 
 # ---- Any network, and any validation set to look at it on ----
@@ -88,7 +89,7 @@ def open_network(source: str, arguments: Namespace) -> tuple[nn.Module, Settings
 
 def class_names(network: nn.Module) -> list[str]:
     """What to call a network's classes: as in training, but ImageNet's by words."""
-    if checkpoint.is_imagenet(network.classes, network.num_classes):
+    if is_imagenet(network.classes, network.num_classes):
         return torchvision.models.get_model_weights("resnet18").DEFAULT.meta["categories"]
     return network.classes or [f"class {number}" for number in range(network.num_classes)]
 
@@ -102,10 +103,10 @@ def class_indices(source: str, network: nn.Module, num_classes: int, names: list
     if known and set(names) <= set(known):
         return [known.index(name) for name in names]
     numbers = all(name.isdecimal() and int(name) < num_classes for name in names)
-    if numbers and (known is None or checkpoint.is_imagenet(known, num_classes)):
+    if numbers and (known is None or is_imagenet(known, num_classes)):
         return [int(name) for name in names]
     if known is None and len(names) == num_classes:
-        checkpoint.check_class_order(source, names, num_classes)
+        check_class_order(source, names, num_classes)
         return list(range(num_classes))
     odd = next(name for name in names if name not in (known or ()))
     raise UserError(f"{source} knows {num_classes} other classes; the data set has {odd!r}; see --data")
@@ -402,8 +403,7 @@ def augmentations(arguments: Namespace) -> None:
         images, classes = torch.stack([to_tensor(image) for image in whole]), sorted(set(folders))
         labels = torch.tensor([classes.index(folder) for folder in folders])
     else:
-        drawn = draw_shapes("val", 10, 64)
-        images, labels, classes = drawn.images, drawn.labels, drawn.classes
+        (images, labels), classes = draw_shapes("val", 10, 64), list(SHAPES)
     names = OPERATIONS if arguments.all else pictures.SIX
     rows = pictures.augmentation_rows(images, labels, classes, arguments.seed, names)
     pictures.save_picture(lambda out: pictures.sheet(rows, 72).save(out, optimize=True), arguments.out)

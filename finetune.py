@@ -23,11 +23,12 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from checkpoint import OFFICIAL, check_class_order, checkpoint_settings, holds_run, read_checkpoint
+from checkpoint import OFFICIAL, holds_run, read_checkpoint
 from data import load_data
-from distill import LOSSES, load_network
+from distill import LOSSES
 from launch import UserError, init, print0, run_program, user_errors
 from model import SIZES, DeiT, check_fit, load_weights
+from networks import check_class_order, checkpoint_settings, load_network
 from settings import PAPER, Parser, Settings, build_parser, complete, saved_run, setting
 from train import DataSets, accuracy_line, begin, evaluate, finish, load_teacher, train
 

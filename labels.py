@@ -17,10 +17,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from checkpoint import file_hash, locate, published_url
+from checkpoint import file_hash, locate
 from data import DataSet, fingerprint, steps_per_epoch
 from distill import predict
 from launch import all_gather, print0, rank, world_size
+from networks import published_url
 
 # What decides what a teacher sees and says, besides its weights and the data
 DECIDING = ("teacher", "img_size", "patch_size", "augment", "mixup", "cutmix", "erasing", "repeats")

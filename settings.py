@@ -18,9 +18,9 @@ from pathlib import Path
 
 import torch
 
-from checkpoint import holds_run, is_url, make_directory, published_settings, save_json
+from checkpoint import holds_run, is_url, make_directory, save_json
 from data import DATA_NAMES
-from distill import LOSSES, LOW_RESOLUTION, check_name, create_convnet
+from distill import LOSSES
 from launch import (
     UserError,
     choose_precision,
@@ -32,6 +32,7 @@ from launch import (
     world_size,
 )
 from model import SIZES, create_model
+from networks import LOW_RESOLUTION, check_name, create_convnet, published_settings
 
 
 def setting(default, allowed, meaning: str, group: str = ""):

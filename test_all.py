@@ -42,18 +42,20 @@ from torch.utils._pytree import tree_leaves
 import augment
 import checkpoint
 import data
-import distill
 import evaluate as measure
 import finetune
 import launch
+import networks
 import pictures
 import train
-from checkpoint import read_checkpoint, torchvision_layout
-from data import ArraySet, FolderSet, crop_file, draw_shape, draw_shapes, read_image, train_batches
-from distill import LOSSES, REGNETY, create_teacher, hard_distillation_loss, predict
+from checkpoint import read_checkpoint
+from data import ArraySet, FolderSet, crop_file, read_image, train_batches
+from distill import LOSSES, hard_distillation_loss, predict
 from launch import UserError
 from model import Attention, Block, DeiT, DropPath, attend, create_model, fuse, load_weights
+from networks import REGNETY, create_teacher, torchvision_layout
 from settings import Settings, build_parser, complete
+from shapes import SHAPES, draw_shape, draw_shapes
 from train import build_network
 
 CPU = torch.device("cpu")
@@ -601,7 +603,7 @@ def samples():
         two = torch.where(x > 128, color, other)
         batch = [x, (color * ramp).byte(), 100 + x // 12, color.expand_as(x), two]
         batches.append(torch.cat([*batch, torch.zeros_like(x[:1]), torch.full_like(x[:1], 255)]))
-    return [*batches, draw_shapes("train", 30, 32).images, draw_shapes("train", 4, 100).images]
+    return [*batches, draw_shapes("train", 30, 32)[0], draw_shapes("train", 4, 100)[0]]
 
 
 def away_from_pillow(name, samples):
@@ -797,7 +799,7 @@ def test_random_boxes_are_those_of_torchvisions_random_resized_crop(height, widt
 
 def soft_pictures(count, height, width):
     """Pictures without overshoot to clip: Pillow clips between its two passes, whose order depends on it."""
-    drawn = draw_shapes("val", count, max(height, width)).images
+    drawn = draw_shapes("val", count, max(height, width))[0]
     return (drawn[:, :, :height, :width] // 2 + 64).contiguous()
 
 
@@ -1093,9 +1095,9 @@ def test_weight_decay_spares_biases_norms_tokens_and_position_embeddings():
 
 
 def test_the_moving_average_starts_from_the_initial_weights(tmp_path, monkeypatch):
-    networks, seen = [], []
-    monkeypatch.setattr("train.build_network", lambda *of: networks.append(build_network(*of)) or networks[0])
-    hook = register_optimizer_step_post_hook(lambda *_: seen.append(deepcopy(networks[0].state_dict())))
+    built, seen = [], []
+    monkeypatch.setattr("train.build_network", lambda *of: built.append(build_network(*of)) or built[0])
+    hook = register_optimizer_step_post_hook(lambda *_: seen.append(deepcopy(built[0].state_dict())))
     words = QUICK | {"ema": 0.8, "warmup_epochs": 0}  # the first step is a long one
     assert run_train(monkeypatch, *flags(words | {"out": tmp_path / "run"})) == 0
     hook.remove()
@@ -1166,7 +1168,7 @@ def test_a_teacher_or_a_published_convnet_is_fine_tuned_by_the_same_program(tmp_
     assert f"  python finetune.py --checkpoint {low}/last.pth --img-size 24 --out OUT" in told
     words = {"img_size": 24, "epochs": 1, "limit": 55, "batch_size": 16}
     output(run_finetune, *flags(words | {"checkpoint": low / "last.pth", "out": "high"}))
-    torch.save(distill.create_convnet("resnet18", 1000, 224).state_dict(), "published.pth")
+    torch.save(networks.create_convnet("resnet18", 1000, 224).state_dict(), "published.pth")
     monkeypatch.setattr("checkpoint.download", lambda url: Path("published.pth"))
     words |= {"checkpoint": "resnet18", "data": "shapes", "out": "own"}
     assert "resnet18: new heads for 10 classes" in output(run_finetune, *flags(words))
@@ -1360,7 +1362,7 @@ def test_compare_is_table_4_with_a_row_for_the_truth_and_each_head(tmp_path, out
     expected = torch.tensor([[0, 2, 3], [2, 0, 2], [3, 2, 0]]) / 6
     torch.testing.assert_close(measure.disagreement(torch.tensor([truth, first, second])).float(), expected)
     words = [tmp_path / f"{name}/last.pth" for name in "ab"] + ["--device", "cpu"]
-    plain, pair = (save_network(words[n], list(data.SHAPES), distilled=n == 1) for n in (0, 1))
+    plain, pair = (save_network(words[n], list(SHAPES), distilled=n == 1) for n in (0, 1))
     lines = output(run_evaluate, "compare", *words, "--out", tmp_path / "odd.png").splitlines()
     rows = [re.fullmatch(r"(\d) (.*?)  +([\d. ]+)", line).groups() for line in lines[2:7]]
     assert [row[1] for row in rows] == ["ground truth", "a", "b class", "b distillation", "b fused"]
@@ -1370,12 +1372,12 @@ def test_compare_is_table_4_with_a_row_for_the_truth_and_each_head(tmp_path, out
     right = re.findall(r"([\d.]+) %", "".join(top1))
     assert matrix[0, 1:].tolist() == pytest.approx([100 - float(share) for share in right], abs=0.06)
 
-    drawn = draw_shapes("val", 55, 16)  # the picture begins with the image that most pairs decide differently
-    inputs = augment.normalize(drawn.images)
+    images, labels = draw_shapes("val", 55, 16)  # the picture begins with the most disputed
+    inputs = augment.normalize(images)
     outputs = [plain(inputs), *pair(inputs), fuse(pair(inputs))]
-    decisions = [drawn.labels.tolist(), *(scores.argmax(dim=1).tolist() for scores in outputs)]
+    decisions = [labels.tolist(), *(scores.argmax(dim=1).tolist() for scores in outputs)]
     odd = [sum(a != b for a, b in itertools.combinations(said, 2)) for said in zip(*decisions, strict=True)]
-    first = Image.fromarray(drawn.images[odd.index(max(odd))].permute(1, 2, 0).numpy())
+    first = Image.fromarray(images[odd.index(max(odd))].permute(1, 2, 0).numpy())
     page = Image.open(tmp_path / "odd.png")
     shown = page.crop((page.width - 800, 0, page.width - 704, 96))
     assert shown.tobytes() == first.resize((96, 96), Image.Resampling.BICUBIC).tobytes()
@@ -1386,9 +1388,9 @@ def test_compare_is_table_4_with_a_row_for_the_truth_and_each_head(tmp_path, out
 
 
 def test_token_cosines_are_those_of_the_embeddings_after_each_block(tmp_path, output):
-    model, seen = save_network(tmp_path / "net.pth", list(data.SHAPES)), []
+    model, seen = save_network(tmp_path / "net.pth", list(SHAPES)), []
     model.blocks[0].register_forward_hook(lambda module, arguments, output: seen.append(output))
-    model(augment.normalize(draw_shapes("val", 55, 16).images))
+    model(augment.normalize(draw_shapes("val", 55, 16)[0]))
     pairs = seen[0][:, :2].detach().numpy()
     expected = np.mean([a @ b / np.linalg.norm(a) / np.linalg.norm(b) for a, b in pairs])
     told = output(run_evaluate, "tokens", tmp_path / "net.pth", "--device", "cpu")
@@ -1470,10 +1472,10 @@ def test_mixed_precision_trains_with_clipping_accumulation_and_average(tmp_path,
 
 def recorded():
     """A training run that leaves the sums of each process's weights in OUT/rankN.json."""
-    networks, build = [], train.build_network
-    train.build_network = lambda *arguments: networks.append(build(*arguments)) or networks[-1]
+    built, build = [], train.build_network
+    train.build_network = lambda *arguments: built.append(build(*arguments)) or built[-1]
     train.main()
-    digest = {key: value.double().sum().item() for key, value in networks[-1].state_dict().items()}
+    digest = {key: value.double().sum().item() for key, value in built[-1].state_dict().items()}
     out = Path(sys.argv[sys.argv.index("--out") + 1])
     (out / f"rank{launch.rank()}.json").write_text(json.dumps(digest))
 
@@ -1643,9 +1645,9 @@ def test_shapes_depend_on_seed_split_and_index_alone():
     assert [label for _, label in drawn] == [3] * 5
     assert len({image.tobytes() for image, _ in drawn}) == 4
     assert drawn[0][0].tobytes() == drawn[4][0].tobytes()
-    thirty = draw_shapes("val", 30, 48)
-    assert (thirty.images.shape, thirty.images.dtype) == ((30, 3, 48, 48), torch.uint8)
-    assert thirty.labels.bincount().tolist() == [3] * 10
+    images, labels = draw_shapes("val", 30, 48)
+    assert (images.shape, images.dtype) == ((30, 3, 48, 48), torch.uint8)
+    assert labels.bincount().tolist() == [3] * 10
 
 
 def test_a_folder_of_equal_small_images_is_held_and_another_is_streamed(tmp_path):
@@ -2242,9 +2244,9 @@ def test_mistakes_end_with_one_line_and_exit_code_2(tmp_path, monkeypatch, outpu
     seven = {key: value[:7] if key.startswith("head") else value for key, value in ten.items()}
     torch.save({"model": seven}, "seven.pth")
     # the first needs position embeddings of 2^34 patches, which no memory holds
-    known = {"model": "tiny", "img_size": 2**20, "patch_size": 8, "classes": list(data.SHAPES)}
+    known = {"model": "tiny", "img_size": 2**20, "patch_size": 8, "classes": list(SHAPES)}
     torch.save({"model": ten, "settings": known}, "huge.pth")
-    known |= {"img_size": 32, "classes": sorted(data.SHAPES)}
+    known |= {"img_size": 32, "classes": sorted(SHAPES)}
     torch.save({"model": ten, "settings": known}, "sorted.pth")
     before = set(tmp_path.rglob("*.pth"))
     assert MISTAKES[words] in output(run_train, "--limit", "128", *words.split(), code=2)
@@ -2275,7 +2277,7 @@ def test_mistakes_of_fine_tuning_end_with_one_line_and_exit_code_2(tmp_path, mon
     torch.save({"fc.weight": torch.zeros(1)}, "plain.pth")
     known = {"model": "resnet18", "classes": list("abcdefghij"), "data": "shapes", "data_path": "data"}
     known |= {"img_size": 32, "patch_size": 8}
-    state = distill.create_convnet("resnet18", 10, 32).state_dict()
+    state = networks.create_convnet("resnet18", 10, 32).state_dict()
     torch.save({"model": state, "settings": known}, "convnet.pth")
     for words, message in TUNING_MISTAKES.items():
         assert message in output(run_finetune, *words.split(), "--device", "cpu", code=2)

@@ -27,12 +27,13 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 import launch
 from augment import Augment, keyed_generator, normalize
-from checkpoint import Run, check_class_order, holds_run, read_log
+from checkpoint import Run, holds_run, read_log
 from data import DataSet, eval_batches, fingerprint, load_data, steps_per_epoch, train_batches
-from distill import LOSSES, create_convnet, create_teacher, predict
+from distill import LOSSES, predict
 from labels import RememberedLabels
 from launch import Progress, StopSignals, UserError, all_gather, all_reduce, autocast, print0, rank
 from model import SIZES, create_model, fuse
+from networks import check_class_order, create_convnet, create_teacher
 from settings import INCIDENTAL, Settings, build_parser, check, complete, describe, saved_run, start_run
 
 DataSets = list[DataSet]  # training and validation

@@ -1,0 +1,235 @@
+"""Networks that teach, and any trained network by name or file. A first reading can skip this file.
+
+`create_convnet` makes `vgg8`, a RegNetY or one of torchvision's, with fresh weights. `create_teacher` makes a
+frozen network, with weights from a file or published ones. `load_network` finds any trained network: ours,
+the authors' DeiT checkpoints by short name, their RegNetY-16GF in its own layout of keys, torchvision's.
+"""
+
+import math
+import re
+
+import torch
+import torchvision
+from torch import Tensor, nn
+from torchvision.models.regnet import BlockParams, RegNet
+
+from checkpoint import OFFICIAL, checkpoint_weights, read_checkpoint
+from launch import UserError, did_you_mean, user_errors
+from model import SIZES, check_fit, create_model
+
+# ---- Convnets ----
+
+# RegNetY (Radosavovic et al., 2020): blocks and widths of the four stages, group width. Table 2 has the last
+# four; the first is for small images and small machines. 8GF is as torchvision has it, so that its published
+# weights fit: its first stage is 224 wide, not 168.
+REGNETY = {
+    "regnet_y_200mf": ((1, 1, 4, 7), (24, 56, 152, 368), 8),
+    "regnet_y_4gf": ((2, 6, 12, 2), (128, 192, 512, 1088), 64),
+    "regnet_y_8gf": ((2, 4, 10, 1), (224, 448, 896, 2016), 56),
+    "regnet_y_12gf": ((2, 5, 11, 1), (224, 448, 896, 2240), 112),
+    "regnet_y_16gf": ((2, 4, 11, 1), (224, 448, 1232, 3024), 112),
+}
+
+
+def vgg8(num_classes: int) -> nn.Module:
+    """A plain convnet for images of up to 64 pixels: seven 3×3 convolutions and a linear layer.
+
+    It looks at them at full resolution first; a RegNetY's last stage sees one of 32 pixels as 2×2 points.
+    """
+
+    def conv(inputs: int, outputs: int, *pool: nn.Module) -> list[nn.Module]:
+        convolution = nn.Conv2d(inputs, outputs, 3, padding=1, bias=False)
+        return [convolution, *pool, nn.BatchNorm2d(outputs), nn.ReLU(inplace=True)]
+
+    layers = conv(3, 32)
+    for width in (32, 64, 128):
+        layers += conv(width, 2 * width, nn.MaxPool2d(2)) + conv(2 * width, 2 * width)
+    return nn.Sequential(*layers, nn.AdaptiveMaxPool2d(1), nn.Flatten(), nn.Linear(256, num_classes))
+
+
+LOW_RESOLUTION = 64  # pixels: up to here the first convolution of a convnet has stride 1
+
+
+def check_name(name: str) -> None:
+    """Raises UserError unless `name` is a network that can be trained or can teach."""
+    names = (*SIZES, "vgg8", *REGNETY, *torchvision.models.list_models(torchvision.models))
+    if name not in names:
+        hint = did_you_mean(name, names)
+        raise UserError(f"unknown network {name!r}; take {', '.join(SIZES)}, regnet_y_4gf, resnet18{hint}")
+
+
+def create_convnet(name: str, num_classes: int, img_size: int) -> nn.Module:
+    """A RegNetY, `vgg8` or any torchvision classifier with fresh weights.
+
+    Most shrink an image 32 times; one of 32 pixels would become a single point. For images of up to 64 pixels
+    the first convolution has stride 1 instead of 2, which changes no weight's shape.
+    """
+    if name == "vgg8":
+        return vgg8(num_classes)
+    if name in REGNETY:
+        depths, widths, group_width = REGNETY[name]
+        params = BlockParams(depths, widths, [group_width] * 4, [1.0] * 4, strides=[2] * 4, se_ratio=0.25)
+        network = RegNet(params, num_classes)
+    else:
+        check_name(name)
+        more = {"image_size": img_size} if name.startswith("vit_") else {}
+        if name in ("googlenet", "inception_v3"):  # no auxiliary heads: one network, one output
+            more = {"aux_logits": False, "init_weights": True}
+        network = torchvision.models.get_model(name, weights=None, num_classes=num_classes, **more)
+    if img_size <= LOW_RESOLUTION:
+        first = next(module for module in network.modules() if isinstance(module, nn.Conv2d))
+        if first.stride != first.kernel_size:  # those of transformers cut patches
+            first.stride = (1, 1)
+    return network
+
+
+# ---- What others have published ----
+
+
+def published_url(name: str) -> str:
+    """Where a network's ImageNet weights are: the DeiT authors', or the best of torchvision's."""
+    if name in SIZES:
+        return OFFICIAL[f"deit_{name}"]
+    try:
+        return torchvision.models.get_model_weights(name).DEFAULT.url
+    except ValueError:
+        raise UserError(
+            f"torchvision has no weights for {name}; train.py --model {name} makes them"
+        ) from None
+
+
+def published_settings(name: str) -> dict:
+    """How torchvision's published ImageNet weights of a network are to be used."""
+    url = published_url(name)
+    chosen = torchvision.models.get_model_weights(name).DEFAULT.transforms.keywords
+    if chosen.get("mean", (0.485, 0.456, 0.406)) != (0.485, 0.456, 0.406):
+        raise UserError(f"the weights in {url} were trained on images that were normalized differently")
+    known = {"data": "imagenet", "data_path": "data", "num_classes": 1000, "classes": None}
+    return known | {"model": name, "img_size": chosen["crop_size"]}
+
+
+def is_imagenet(classes: list[str] | None, num_classes: int) -> bool:
+    """Whether classes are ImageNet's 1000, which files know as nothing or as `n01440764` and so on."""
+    return num_classes == 1000 and all(re.fullmatch(r"n\d{8}", name) for name in classes or ())
+
+
+def check_class_order(source: str, names: list[str], num_classes: int) -> None:
+    """Raises UserError if a network of so many nameless classes knows ImageNet's, and these are others."""
+    if num_classes == 1000 and not is_imagenet(names, len(names)):
+        raise UserError(f"{source} knows ImageNet's 1000 classes; the data set has others: {names[0]!r}")
+
+
+# The paper's teacher, regnety_160-a5fe301d.pth, names its modules otherwise: (its pattern, torchvision's).
+PAPER_LAYOUT = (
+    (r"^s(\d)\.b(\d+)", lambda m: f"trunk_output.block{m[1]}.block{m[1]}-{int(m[2]) - 1}"),
+    (r"\.conv(\d)", lambda m: f".f.{'abc'[int(m[1]) - 1]}"),
+    (r"\.se\.", ".f.se."),
+    (r"\.downsample", ".proj"),
+    (r"\.conv\.", ".0."),
+    (r"\.bn\.", ".1."),
+    (r"^head\.fc", "fc"),
+)
+
+
+def torchvision_layout(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """A RegNetY's weights with torchvision's names, whichever of the two layouts they come in."""
+    if "stem.conv.weight" not in state:
+        return state
+    renamed = {}
+    for key, value in state.items():
+        for pattern, replacement in PAPER_LAYOUT:
+            key = re.sub(pattern, replacement, key)
+        renamed[key] = value
+    return renamed
+
+
+# ---- Trained networks ----
+
+
+def num_blocks(state: dict[str, Tensor]) -> int:
+    """How many transformer blocks there are in weights."""
+    return len({key.split(".")[1] for key in state if key.startswith("blocks.")})
+
+
+def checkpoint_settings(contents: dict) -> dict:
+    """How the network in a checkpoint was made and trained; {} if the checkpoint does not tell.
+
+    Ours hold their settings, to which `num_classes` is added. The weights of the authors' files, DeiT or
+    teacher, tell enough: model, sizes, distillation, the number of classes; the class names are None.
+    """
+    if settings := contents.get("settings"):
+        return settings | ({"num_classes": len(settings["classes"])} if "classes" in settings else {})
+    state, known = checkpoint_weights(contents), {"data": "imagenet", "data_path": "data", "classes": None}
+    dims = {name: getattr(value, "ndim", None) for name, value in state.items()}
+    if {"stem.conv.weight": 4, "head.fc.weight": 2}.items() <= dims.items():
+        num_classes, width = state["head.fc.weight"].shape
+        names = {3024: "regnet_y_16gf"}  # of the authors' teacher
+        known |= {"distill": "none"}
+    elif {"pos_embed": 3, "patch_embed.proj.weight": 4, "head.weight": 2}.items() <= dims.items():
+        names = {dim: name for name, (dim, _) in SIZES.items()}
+        num_classes, width = state["head.weight"].shape
+        patch_size = state["patch_embed.proj.weight"].shape[-1]
+        img_size = math.isqrt(state["pos_embed"].shape[1] - 1) * patch_size  # 1 or 2 more than a square
+        known |= {"distill": "hard" if "dist_token" in state else "none", "depth": num_blocks(state)}
+        known |= {"img_size": img_size, "patch_size": patch_size}
+    else:
+        return {}
+    return known | {"model": names.get(width), "num_classes": num_classes, "no_distill_token": False}
+
+
+def create_teacher(
+    name: str, num_classes: int, weights: str | None = None, *, img_size: int = 224, patch_size: int = 16
+) -> nn.Module:
+    """A teacher, frozen and in evaluation mode: images float (B, 3, S, S), normalized -> logits.
+
+    `name` is `regnet_y_4gf`, `_8gf`, `_12gf`, `_16gf` (Table 2) or `_200mf`, `vgg8`, any torchvision
+    classifier, or `tiny`, `small`, `base` (a DeiT; a distilled one returns its pair of logits). `weights` is
+    None (untrained), "published" (torchvision's or the DeiT authors'), or a path or URL of a file with one of
+    our checkpoints, a plain state dict or, for regnet_y_16gf, one in the key layout of the paper's own
+    teacher file. The teacher has `img_size`, the pixels a side that it was made for, and `classes`, their
+    names or None: the file's own where it says them, else `img_size` and `patch_size` as given. Raises
+    ValueError for misfits.
+    """
+    check_name(name)
+    source = published_url(name) if weights == "published" else weights
+    contents = read_checkpoint(source) if source else {}
+    saved, state = checkpoint_settings(contents), checkpoint_weights(contents)
+    if saved.get("model") not in (None, name):
+        raise UserError(f"{weights} holds a {saved['model']}, not a {name}")
+    img_size, patch_size = saved.get("img_size", img_size), saved.get("patch_size", patch_size)
+    if name in SIZES:
+        sizes = dict(num_classes=num_classes, img_size=img_size, patch_size=patch_size)
+        more = dict(distilled="dist_token" in state, depth=num_blocks(state) or 12)
+        with user_errors(), torch.device("meta" if source else "cpu"):  # no memory before it is seen to fit
+            teacher = create_model(name, **sizes, **more)
+    else:
+        teacher = create_convnet(name, num_classes, img_size)
+        state = torchvision_layout(state)
+    if source:
+        with user_errors():
+            check_fit(
+                teacher.state_dict(), state, f"{weights} does not fit a {name} for {num_classes} classes"
+            )
+        teacher.load_state_dict(state, assign=True)
+        teacher.float()
+    teacher.img_size, teacher.classes = img_size, saved.get("classes")
+    return teacher.eval().requires_grad_(False)
+
+
+def load_network(source: str) -> tuple[nn.Module, dict]:
+    """A trained network, frozen and in evaluation mode, and the settings that it was trained with.
+
+    `source` is a checkpoint of ours or the authors' (a file, a URL, a short name), or the name of a
+    torchvision classifier, with its published weights. The network has `img_size`, `num_classes` and
+    `classes`, their names or None. Raises UserError for anything else.
+    """
+    if source in (*REGNETY, *torchvision.models.list_models(torchvision.models)):
+        saved, weights = published_settings(source), "published"
+    else:
+        saved, weights = checkpoint_settings(read_checkpoint(source)), source
+    if not saved.get("model") or "num_classes" not in saved:
+        raise UserError(f"{source} does not say what it is; name a checkpoint of train.py or an official one")
+    sizes = {name: saved[name] for name in ("img_size", "patch_size") if name in saved}
+    network = create_teacher(saved["model"], saved["num_classes"], weights, **sizes)
+    network.num_classes = saved["num_classes"]
+    return network, saved
