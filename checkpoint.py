@@ -1,9 +1,8 @@
 """Files that hold weights or runs. A first reading can skip this file.
 
-A checkpoint is read without running any code in it. A run's directory has `last.pth`, the one before it as
-`previous.pth`, `best.pth` (without the optimizer, which nobody resumes from it), `log.jsonl` (one line an
-epoch) and `settings.json`. Every file is written under a temporary name and renamed when it is whole, so a
-program killed at any time leaves whole files.
+A checkpoint is read without running any code in it. A run's directory has `last.pth`, `best.pth` (without the
+optimizer, which nobody resumes from it), `log.jsonl` (one line an epoch) and `settings.json`. Every file is
+written under a temporary name and renamed when it is whole, so what is killed leaves whole files.
 """
 
 import hashlib
@@ -14,12 +13,14 @@ import re
 import urllib.parse
 import zipfile
 from collections.abc import Callable
+from dataclasses import asdict, fields
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
-from launch import UserError, all_reduce, main_process_first, print0, rank
+from launch import UserError, all_reduce, main_process_first, print0, rank, world_size
+from settings import Settings, choose_precision, device_type
 
 # ---- Reading ----
 
@@ -104,120 +105,159 @@ def checkpoint_weights(contents: dict) -> dict[str, Tensor]:
 # ---- Writing ----
 
 
-def atomic_save(path: Path, write: Callable, previous: Path | None = None) -> None:
-    """Calls `write` with a binary file that takes the name `path` only when it is whole and on the disk.
-
-    The file that had the name till then takes the name `previous`, if one is given.
-    """
+def atomic_save(path: Path, write: Callable) -> None:
+    """Calls `write` with a binary file that takes the name `path` only when it is whole and on the disk."""
     partial = path.with_name(f"{path.name}.{os.getpid()}.partial")  # another process may write the same file
     try:
+        path.parent.mkdir(parents=True, exist_ok=True)
         with open(partial, "wb") as file:
             write(file)
             file.flush()
             os.fsync(file.fileno())
-        if previous and path.exists():
-            os.replace(path, previous)
         os.replace(partial, path)
+        if os.name == "posix":  # the new name too is to survive a loss of power
+            folder = os.open(path.parent, os.O_RDONLY)
+            os.fsync(folder)
+            os.close(folder)
     except (OSError, RuntimeError) as error:  # torch's writer turns the one into the other
-        partial.unlink(missing_ok=True)
+        if os.path.exists(partial):
+            os.remove(partial)
         reason = getattr(error, "strerror", None) or "the disk may be full"
         raise UserError(f"could not write {path}: {reason}; what was saved before is intact") from error
 
 
-def save_json(path: Path, contents: dict) -> None:
-    atomic_save(path, lambda file: file.write(json.dumps(contents, indent=2).encode()))
+# ---- How a run starts ----
+
+# These do not change what a run computes, so a resumed one may have others.
+ADJUSTABLE = {"out", "workers", "device", "compile", "resume", "overwrite", "save_every", "skip_broken"}
+ADJUSTABLE |= {"remember_labels", "accumulate", "data_path"}  # a run may move to other machines
 
 
-def make_directory(out: Path) -> None:
-    """Makes a run's directory and sees that it can be written to."""
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"cannot make the directory {out}: {error.strerror}; choose another --out") from error
-    if not os.access(out, os.W_OK):
-        raise UserError(f"cannot write to {out}; choose another --out")
+def from_saved(saved: dict, kind: type = Settings, **changed):
+    """The settings that a run or checkpoint was saved with; those it does not know have their defaults."""
+    known = {one.name for one in fields(kind)}
+    if "train" in saved:  # its name in older runs of finetune.py
+        saved = saved | {"trainable": saved["train"]}
+    return kind(**{name: value for name, value in (saved | changed).items() if name in known})
 
 
-# ---- A run ----
+def resumed_settings(given: dict, out: str, kind: type = Settings):
+    """The settings of the run in `out` that --resume continues, with what may change; None if it starts one.
+
+    A run starts anew; over an earlier one, with --overwrite; or where it was stopped, with --resume and its
+    own settings; finetune.py gives a new one other weights. Raises UserError if a flag differs from the
+    run's, or if a run would be written over without leave.
+    """
+    path = Path(out) / "settings.json"
+    if not given.get("resume"):
+        if given.get("overwrite") and os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0") != "0":
+            raise UserError("--overwrite would start anew at each of torchrun's restarts; use --resume")
+        if not given.get("overwrite") and holds_run(out):
+            raise UserError(f"{out} holds a run; --resume continues it, --overwrite replaces it")
+        return None
+    if not os.path.exists(path):
+        if given.keys() <= ADJUSTABLE:
+            raise UserError(f"there is no run in {out} to continue, and no flag that says what to start")
+        return None
+    saved = json.loads(path.read_text())
+    if ("checkpoint" in saved) != (kind is not Settings):
+        owner = "finetune.py" if "checkpoint" in saved else "train.py"
+        raise UserError(f"{out} is a run of {owner}; continue it with {owner} --resume")
+    given = {
+        name: value for name, value in given.items() if value != "auto"
+    }  # that was decided when it began
+    s = from_saved(saved, kind, **{"overwrite": False} | given)
+    for name in sorted(given.keys() - ADJUSTABLE):
+        before = getattr(from_saved(saved, kind), name)
+        if given[name] != before:
+            more = f", or train on from its end: finetune.py --checkpoint {out}" if name == "epochs" else ""
+            flag = kind.__dataclass_fields__[name].metadata["flag"] or "--" + name.replace("_", "-")
+            text = f"the run in {out} has {flag} {before}, not {given[name]}; leave the flag out{more}"
+            raise UserError(text)
+    s.precision = choose_precision(s.precision, device_type(s.device))  # an older run left it open
+    return s
+
+
+def save_settings(s: Settings) -> None:
+    """Writes a run's settings into its directory, from where --resume takes them."""
+    if rank() == 0:
+        for partial in Path(s.out).glob("*.partial"):  # of a process that was killed while it wrote
+            partial.unlink()
+        text = json.dumps(asdict(s), indent=2)
+        atomic_save(Path(s.out) / "settings.json", lambda file: file.write(text.encode()))
+
+
+def remove_run(out: str) -> None:
+    """Removes an earlier run's files."""
+    out = Path(out)
+    if rank() == 0:
+        for name in ("last.pth", "best.pth", "log.jsonl"):
+            (out / name).unlink(missing_ok=True)
+
+
+# ---- A run's files ----
 
 
 def holds_run(out: str | Path) -> bool:
-    """Whether there is a checkpoint to continue from; between two renames there is no last.pth."""
-    return any(os.path.exists(Path(out) / name) for name in ("last.pth", "previous.pth"))
+    """Whether there is a checkpoint to continue from."""
+    return os.path.exists(Path(out) / "last.pth")
 
 
-def latest_checkpoint(out: Path) -> dict:
-    """The checkpoint to continue from: last.pth or, if that is damaged, previous.pth, which is said."""
-    try:
-        return read_checkpoint(out / "last.pth")
-    except UserError as error:
-        contents = read_checkpoint(out / "previous.pth")
-        print0(f"{error}; continuing from {out / 'previous.pth'}")
-        return contents
-
-
-def read_log(out: Path) -> list[dict]:
+def read_log(out: str | Path) -> list[dict]:
     """The records of a run's log.jsonl, one an epoch; none if there is no log yet."""
-    path = out / "log.jsonl"
+    path = Path(out) / "log.jsonl"
     return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
 
 
 class Run:
-    """What changes while a network is trained, and what else a checkpoint holds."""
+    """A training's checkpoints in its directory, which rank 0 writes and all processes read."""
 
-    def __init__(self, network: nn.Module, optimizer, scaler, ema, settings: dict, steps_per_epoch: int):
+    def __init__(
+        self, out: str, settings: dict, steps_per_epoch: int, network: nn.Module, optimizer, scaler, ema
+    ):
+        self.out, self.settings, self.steps_per_epoch = Path(out), settings, steps_per_epoch
         self.network, self.optimizer, self.scaler, self.ema = network, optimizer, scaler, ema
-        self.settings, self.steps_per_epoch, self.out = settings, steps_per_epoch, Path(settings["out"])
-        self.step = self.checked = 0  # steps done, and those after which all was seen to be finite
-        self.log: list[dict] = []  # one record an epoch
-        # The sum of this epoch's losses in this process. In float64 the order of adding does not matter.
-        device = next(network.parameters()).device
-        dtype = torch.float32 if device.type == "mps" else torch.float64
-        self.loss_sum = torch.zeros((), device=device, dtype=dtype)
 
-    def check_finite(self, *values: Tensor) -> None:
+    def check_finite(self, step: int, *values: Tensor) -> None:
         """Raises UserError if a value is not finite; waits for the device."""
         if not all(value.isfinite().all() for value in values):
             kept = "last.pth is from before it" if holds_run(self.out) else "nothing was saved"
-            steps = f"between steps {self.checked} and {self.step}"
-            raise UserError(f"the loss became infinite or NaN {steps}; {kept}; try a lower --lr")
-        self.checked = self.step
+            raise UserError(f"the loss became infinite or NaN by step {step}; {kept}; try a lower --lr")
 
     def weights(self) -> dict:
         """All that is not for resuming alone."""
         ema = None if self.ema is None else self.ema.module.state_dict()
         return {"model": self.network.state_dict(), "ema": ema, "settings": self.settings}
 
-    def save(self) -> None:
-        """Writes last.pth from rank 0, after all processes have seen that all is finite."""
-        loss_sum = all_reduce(self.loss_sum.clone())
-        self.check_finite(loss_sum, *self.network.parameters())
-        progress = {"step": self.step, "log": self.log, "per_epoch": self.steps_per_epoch}
-        progress["loss_sums"] = [loss_sum.item()]
-        parts = {"optimizer": self.optimizer.state_dict(), "scaler": self.scaler.state_dict()}
-        contents = self.weights() | parts | {"progress": progress}
-        if rank() == 0:
-            last = self.out / "last.pth"
-            atomic_save(last, lambda file: torch.save(contents, file), previous=self.out / "previous.pth")
+    def save(self, step: int, log: list[dict], loss_sum: Tensor) -> None:
+        """Writes last.pth: all that is needed to go on, if it is finite.
 
-    def end_epoch(self, record: dict, best: bool) -> None:
-        """Adds the epoch's record to the log; writes best.pth if it is the best so far."""
-        self.log.append(record)
-        self.loss_sum.zero_()
+        `loss_sum` is the sum of the losses of the epoch so far, of this process; its mean over all is kept.
+        """
+        loss_sum = all_reduce(loss_sum.clone()) / world_size()
+        self.check_finite(step, loss_sum, *self.network.parameters())
+        progress = {"step": step, "log": log, "loss_sum": loss_sum.item(), "per_epoch": self.steps_per_epoch}
+        if rank() == 0:
+            parts = {"optimizer": self.optimizer.state_dict(), "scaler": self.scaler.state_dict()}
+            contents = self.weights() | parts | {"progress": progress}
+            atomic_save(self.out / "last.pth", lambda file: torch.save(contents, file))
+
+    def end_epoch(self, step: int, log: list[dict], best: bool) -> None:
+        """Writes the log and, if the epoch is the best so far, best.pth."""
         if rank() > 0:
             return
         if best:  # before the log says so
-            contents = self.weights() | {"progress": {"step": self.step, "log": self.log}}
+            contents = self.weights() | {"progress": {"step": step, "log": log}}
             atomic_save(self.out / "best.pth", lambda file: torch.save(contents, file))
-        text = "".join(json.dumps(record) + "\n" for record in self.log)
+        text = "".join(json.dumps(record) + "\n" for record in log)
         atomic_save(self.out / "log.jsonl", lambda file: file.write(text.encode()))
 
-    def resume(self) -> None:
-        """Continues from the run's latest checkpoint."""
-        contents = latest_checkpoint(self.out)
-        progress = contents["progress"]
+    def load(self) -> tuple[int, list[dict], float]:
+        """Takes up last.pth; returns the steps done, the log, and the epoch's losses so far, as saved."""
+        contents = read_checkpoint(self.out / "last.pth")
+        progress, settings = contents["progress"], contents["settings"]
         now = self.steps_per_epoch, self.settings["classes"]
-        if (progress["per_epoch"], contents["settings"]["classes"]) != now:
+        if (progress["per_epoch"], settings["classes"]) != now:
             raise UserError(f"the data of the run in {self.out} have changed; start it anew with --overwrite")
         self.network.load_state_dict(contents["model"])
         if self.ema is not None:
@@ -227,10 +267,9 @@ class Run:
         self.optimizer.load_state_dict(contents["optimizer"])
         if contents["scaler"]:  # empty where no fp16 was used
             self.scaler.load_state_dict(contents["scaler"])
-        self.step = self.checked = progress["step"]
         # The log may be one epoch further than the checkpoint: an epoch is evaluated after its save.
-        later = read_log(self.out)[len(progress["log"]) :]
-        self.log = progress["log"] + [record for record in later if record["step"] <= self.step]
-        if rank() == 0 and self.step > len(self.log) * self.steps_per_epoch:
-            self.loss_sum.fill_(sum(progress["loss_sums"]))
-        print0(f"resuming {self.out} after step {self.step}, {len(self.log)} epochs")
+        step, log = progress["step"], progress["log"]
+        log += [record for record in read_log(self.out)[len(log) :] if record["step"] <= step]
+        print0(f"resuming {self.out} after step {step}, {len(log)} epochs")
+        within = step > len(log) * self.steps_per_epoch
+        return step, log, progress.get("loss_sum", sum(progress.get("loss_sums", []))) if within else 0.0

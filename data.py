@@ -2,8 +2,7 @@
 
 A set is either an `ArraySet`, small enough to be held whole as one uint8 tensor on the device and cropped
 there, or a `FolderSet`, streamed from files by worker processes that only decode and crop. Both hand out
-batches of images uint8 (B, 3, S, S) and labels int64 (B,). A sixth of the file draws `shapes`, and a third
-opens the paper's other data sets and reads the folders and pictures that users really have.
+batches of images uint8 (B, 3, S, S) and labels int64 (B,).
 """
 
 import hashlib
@@ -28,6 +27,7 @@ from torch.utils.data import DataLoader, Dataset
 import augment
 from augment import center_crop, keyed_generator, pad_and_crop, random_boxes, random_crop, to_device
 from launch import UserError, main_process_first, print0, rank, world_size
+from settings import Settings
 from shapes import SHAPES, draw_shapes
 
 # ---- Two kinds of data set ----
@@ -270,33 +270,34 @@ OPENERS = {
     "imagenet": open_folder,
     "folder": open_folder,
 }
-DATA_NAMES = ("shapes", *OPENERS)
 
 
-def load_data(s, device: torch.device, splits: tuple = ("train", "val")) -> list[DataSet]:
-    """The named splits of the data set s.data, each with at most s.limit images, evenly spread (0: all).
+def load_data(s: Settings, device: torch.device) -> tuple[DataSet, DataSet]:
+    """The training and the validation images of the data set s.data. What the paper tests on is `val`."""
+    return open_split(s, "train", device), open_split(s, "val", device)
 
-    What the paper tests on (Table 8) is `val`. Raises UserError for what is missing or does not fit together.
+
+def open_split(s: Settings, split: str, device: torch.device) -> DataSet:
+    """A split of the data set s.data, with at most s.limit images, evenly spread (0: all).
+
+    Raises UserError for what is missing or does not fit together.
     """
     if s.data in ("flowers102", "cars") and importlib.util.find_spec("scipy") is None:
         raise UserError(f"the labels of {s.data} are MATLAB files, read by scipy: pip install scipy")
-    found = []
-    for split in splits:
-        if s.data == "shapes":
-            count = min(SHAPES_COUNT[split], s.limit or SHAPES_COUNT[split])
-            if count * 3 * s.img_size**2 > 2**33:
-                raise UserError(
-                    f"{count} shapes of {s.img_size} pixels are more than 8 GiB; lower --img-size"
-                )
-            data = ArraySet(*draw_shapes(split, count, s.img_size), list(SHAPES))
-        else:
-            data = OPENERS[s.data](Path(s.data_path), split, s.skip_broken)
-        if 0 < s.limit < len(data):
-            data.keep([i * len(data) // s.limit for i in range(s.limit)])
-        if isinstance(data, ArraySet):
-            data.images, data.labels = data.images.to(device), data.labels.to(device)
-        found.append(data)
-    return found
+    if s.data in ("folder", "imagenet") and not Path(s.data_path).is_dir():
+        raise UserError(f"there is no folder {s.data_path}; name the data set's with --data-path")
+    if s.data == "shapes":
+        count = min(SHAPES_COUNT[split], s.limit or SHAPES_COUNT[split])
+        if count * 3 * s.img_size**2 > 2**33:
+            raise UserError(f"{count} shapes of {s.img_size} pixels are more than 8 GiB; lower --img-size")
+        data = ArraySet(*draw_shapes(split, count, s.img_size), list(SHAPES))
+    else:
+        data = OPENERS[s.data](Path(s.data_path), split, s.skip_broken)
+    if 0 < s.limit < len(data):
+        data.keep([i * len(data) // s.limit for i in range(s.limit)])
+    if isinstance(data, ArraySet):
+        data.images, data.labels = data.images.to(device), data.labels.to(device)
+    return data
 
 
 # ---- Batches ----
@@ -325,19 +326,19 @@ def crop_file(image: Image.Image, size: int, key: tuple | None) -> Tensor:
     return to_tensor(image.crop((left, top, left + size, top + size)))
 
 
-STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM)
-
-
-def leave_group(worker: int) -> None:
-    """Signals to the whole group, as terminals and schedulers send them, are the main process's to answer."""
-    os.setpgrp()
-    for number in STOP_SIGNALS:  # forgets one that came while the worker started
+def ignore_signals(worker: int) -> None:
+    """A signal to all processes of a run is the main process's to answer; its end also ends the workers."""
+    for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)  # the main process may send it
-    signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)
 
 
-def load_batches(data: DataSet, plan: Iterable, s, device: torch.device) -> Iterator:
+def num_workers(s: Settings) -> int:
+    """How many processes read image files for this one."""
+    local = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    return s.workers if s.workers >= 0 else max(1, min(8, (os.cpu_count() or 1) // local))
+
+
+def load_batches(data: DataSet, plan: Iterable, s: Settings, device: torch.device) -> Iterator:
     """Batches uint8 (B, 3, S, S) and labels (B,) on the device, as `plan` asks for them: (indices, key).
 
     With a key of `keyed_generator` images are cropped at random, else in the center. `s` are the settings.
@@ -349,13 +350,11 @@ def load_batches(data: DataSet, plan: Iterable, s, device: torch.device) -> Iter
             images = random_crop(images, size, keyed_generator(*key)) if key else center_crop(images, size)
             yield images, data.labels[index]
         return
-    options = dict(num_workers=s.workers_here(), worker_init_fn=leave_group, pin_memory=device.type == "cuda")
+    options = dict(
+        num_workers=num_workers(s), worker_init_fn=ignore_signals, pin_memory=device.type == "cuda"
+    )
     items = ((indices, key, s.img_size) for indices, key in plan)
-    loader = DataLoader(data, sampler=items, batch_size=None, **options)
-    signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
-    batches = iter(loader)  # starts the workers
-    signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)
-    for batch in batches:
+    for batch in DataLoader(data, sampler=items, batch_size=None, **options):
         if isinstance(batch, UserError):
             raise batch
         images, labels, broken = batch
@@ -363,7 +362,7 @@ def load_batches(data: DataSet, plan: Iterable, s, device: torch.device) -> Iter
         yield to_device(images, device), to_device(labels, device)
 
 
-def steps_per_epoch(data: DataSet, s) -> int:
+def steps_per_epoch(data: DataSet, s: Settings) -> int:
     """How many steps an epoch has; raises UserError if not even one."""
     images = len(augment.RepeatedAugmentSampler(len(data), world_size(), rank(), s.repeats)) * world_size()
     if images < s.batch_size:
@@ -371,7 +370,7 @@ def steps_per_epoch(data: DataSet, s) -> int:
     return images // s.batch_size
 
 
-def train_batches(data: DataSet, s, step: int, device: torch.device) -> Iterator:
+def train_batches(data: DataSet, s: Settings, step: int, device: torch.device) -> Iterator:
     """The endless stream of this process's batches, across epochs, from step number `step` on.
 
     What is drawn depends on the seed, the rank and the batch's number alone: any step continues the stream.
@@ -387,13 +386,13 @@ def train_batches(data: DataSet, s, step: int, device: torch.device) -> Iterator
             if place == 0 or not order:
                 sampler.set_epoch(epoch)
                 order = list(sampler)
-            key = None if s.augment == "off" else (s.seed, "crop", number, rank())
+            key = None if s.augment == "off" else ("crop", s.seed, *divmod(number, s.accumulate), rank())
             yield order[place * micro_batch_size : (place + 1) * micro_batch_size], key
 
     return load_batches(data, plan(), s, device)
 
 
-def eval_batches(data: DataSet, s, device: torch.device) -> Iterator:
+def eval_batches(data: DataSet, s: Settings, device: torch.device) -> Iterator:
     """This process's share of a data set: over all processes every image once."""
-    own, size = list(range(rank(), len(data), world_size())), min(256, s.batch_size)
-    return load_batches(data, [(own[i : i + size], None) for i in range(0, len(own), size)], s, device)
+    share, size = list(range(rank(), len(data), world_size())), min(256, s.batch_size)
+    return load_batches(data, [(share[i : i + size], None) for i in range(0, len(share), size)], s, device)

@@ -9,13 +9,13 @@ teaches the class token and the teacher teaches the distillation token.
 
 import math
 from collections.abc import Callable
-from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from model import upcast
+from settings import Settings
 
 Outputs = Tensor | tuple[Tensor, Tensor]
 
@@ -59,20 +59,36 @@ def split(outputs: Outputs) -> tuple[Tensor, Tensor]:
     return upcast(class_logits), upcast(dist_logits)
 
 
-class Loss(NamedTuple):
-    """A choice of --distill."""
-
-    function: Callable[..., Tensor]  # of (outputs, targets, teacher_logits or None, settings)
-    teacher: bool  # it needs a teacher
-    token: bool  # the student has a distillation token, unless --no-distill-token
-
-
-LOSSES = {
-    "none": Loss(lambda outputs, y, z, s: label_loss(outputs, y), False, False),
-    "soft": Loss(lambda outputs, y, z, s: soft_distillation_loss(outputs, y, z, s.tau, s.lam), True, True),
-    "hard": Loss(lambda outputs, y, z, s: hard_distillation_loss(outputs, y, z), True, True),
-    "label": Loss(lambda outputs, y, z, s: label_loss(outputs, y), False, True),
+# The loss of each choice of --distill: of (outputs, targets, teacher logits or None, settings)
+LOSSES: dict[str, Callable[[Outputs, Tensor, Tensor | None, Settings], Tensor]] = {
+    "none": lambda outputs, y, z, s: label_loss(outputs, y),
+    "soft": lambda outputs, y, z, s: soft_distillation_loss(outputs, y, z, s.tau, s.lam),
+    "hard": lambda outputs, y, z, s: hard_distillation_loss(outputs, y, z),
+    "label": lambda outputs, y, z, s: label_loss(outputs, y),
 }
+
+
+class Teacher:
+    """A network of `create_teacher` that is asked what it says of the student's inputs."""
+
+    def __init__(self, network: nn.Module, weights: str):
+        self.network, self.weights = network, weights  # and the checkpoint that it came from
+
+    @torch.no_grad()
+    def logits(self, inputs: Tensor, key: tuple) -> Tensor:
+        """Logits (B, C) of the inputs float (B, 3, S, S) of a training step, whose `key` labels.py needs.
+
+        The inputs are resized if the network was made for another size. A network with two heads speaks
+        through their fusion: the softmax of what is returned is the fused prediction.
+        """
+        size = (self.network.img_size, self.network.img_size)
+        if inputs.shape[2:] != size:
+            inputs = F.interpolate(inputs, size, mode="bicubic", antialias=True)
+        outputs = self.network(inputs)
+        if isinstance(outputs, Tensor):
+            return outputs
+        # log of the mean of the softmaxes, without the underflow of taking the mean first
+        return torch.stack([z.float().log_softmax(dim=-1) for z in outputs]).logsumexp(dim=0) - math.log(2)
 
 
 def __getattr__(name: str):
@@ -82,23 +98,3 @@ def __getattr__(name: str):
 
         return getattr(networks, name)
     raise AttributeError(f"module 'distill' has no attribute {name!r}")
-
-
-@torch.no_grad()
-def predict(teacher: nn.Module, inputs: Tensor, key: tuple = ()) -> Tensor:
-    """What a teacher of `create_teacher` says of the student's inputs: logits (B, C), without gradient.
-
-    The inputs are resized if the teacher was made for another size. A teacher with two heads speaks through
-    their fusion: the softmax of what is returned is the fused prediction. With --remember-labels the teacher
-    is the file of its labels (labels.py), which finds those of these inputs by their key in the run.
-    """
-    if not isinstance(teacher, nn.Module):
-        return teacher.predict(inputs, key)
-    size = (teacher.img_size, teacher.img_size)
-    if inputs.shape[2:] != size:
-        inputs = F.interpolate(inputs, size, mode="bicubic", antialias=True)
-    outputs = teacher(inputs)
-    if isinstance(outputs, Tensor):
-        return outputs
-    # log of the mean of the softmaxes, without the underflow of taking the mean first
-    return torch.stack([z.float().log_softmax(dim=-1) for z in outputs]).logsumexp(dim=0) - math.log(2)

@@ -41,14 +41,13 @@ import launch
 import pictures
 from augment import OPERATIONS, Augment, keyed_generator, normalize
 from data import (
-    DATA_NAMES,
     DataSet,
     FolderSet,
     crop_file,
     eval_batches,
     find_images,
     load_batches,
-    load_data,
+    open_split,
     read_image,
     subfolders,
     to_tensor,
@@ -66,8 +65,8 @@ from launch import (
     world_size,
 )
 from model import DeiT, fuse
-from networks import check_class_order, is_imagenet, load_network
-from settings import COUNT, DEVICES, PIXELS, Parser, Settings, check_sizes, complete, from_saved
+from networks import check_class_order, check_sizes, is_imagenet, load_network
+from settings import COUNT, DATA_SETS, DEVICES, PIXELS, PRECISIONS, Parser, Settings, complete
 from shapes import SHAPES, draw_shapes
 from train import HEADS, accuracy_line, build_network, build_optimizer, predictions
 
@@ -82,7 +81,7 @@ def open_network(source: str, arguments: Namespace) -> tuple[nn.Module, Settings
     network, saved = load_network(source)
     network.source = source
     precision = choose_precision(getattr(arguments, "precision", "auto"), arguments.device.type)
-    s = from_saved(saved, workers=-1, precision=precision)
+    s = checkpoint.from_saved(saved, workers=-1, precision=precision)
     s.img_size = network.img_size
     return network.to(arguments.device), s
 
@@ -123,7 +122,7 @@ def open_val(network: nn.Module, s: Settings, arguments: Namespace) -> tuple[Dat
     else:
         s.limit = s.limit if arguments.data in (None, s.data) else 0
         s.data, s.data_path = arguments.data or s.data, arguments.data_path or s.data_path
-    (data,) = load_data(s, arguments.device, (split,))
+    data = open_split(s, split, arguments.device)
     indices = torch.tensor(class_indices(network.source, network, network.num_classes, data.classes))
     called = Path(s.data_path) / split
     called = called if s.data in ("imagenet", "folder") and called.is_dir() else s.data
@@ -465,11 +464,11 @@ def predict(arguments: Namespace) -> None:
 CKPT = dict(metavar="CKPT", help="a checkpoint, an official one's short name, or a torchvision classifier")
 VAL = {
     "checkpoints": CKPT | {"nargs": "+"},
-    "--data": dict(choices=DATA_NAMES, help="data set [the one each was trained on]"),
+    "--data": dict(choices=DATA_SETS, help="data set [the one each was trained on]"),
     "--data-path": dict(metavar="DIR", help="where it is [where it was in training]"),
     "--val": dict(metavar="DIR", help="instead: DIR/CLASS/*, classes by name or number (ImageNet-V2)"),
 }
-PRECISION = {"--precision": dict(choices=("auto", "fp32", "bf16", "fp16"), default="auto", help="[auto]")}
+PRECISION = {"--precision": dict(choices=PRECISIONS, default="auto", help="[auto]")}
 # Each word's function and its arguments; the first line of its docstring is its line in --help
 WORDS = {
     accuracy: VAL | PRECISION | {

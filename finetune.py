@@ -1,8 +1,8 @@
 """Fine-tuning: higher resolution (sections 3, 4 and 6) and transfer to other pictures (section 5.4).
 
     python finetune.py                          # the last run of train.py, at about 1.5 times its size
+    python finetune.py --checkpoint deit_tiny_distilled --data folder --data-path PICTURES
     torchrun finetune.py --checkpoint deit_base_distilled --data imagenet --data-path IMAGENET
-    torchrun finetune.py --checkpoint deit_tiny_distilled --data folder --data-path PICTURES
 
 It is train.py's loop with other starting weights and another recipe; stochastic depth is off, the
 augmentation of training stays.
@@ -23,14 +23,13 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from checkpoint import OFFICIAL, holds_run, read_checkpoint
-from data import load_data
-from distill import LOSSES
+import networks
+from checkpoint import OFFICIAL, holds_run, read_checkpoint, resumed_settings
+from data import DataSet, load_data, open_split
 from launch import UserError, init, print0, run_program, user_errors
 from model import SIZES, DeiT, check_fit, load_weights
-from networks import check_class_order, checkpoint_settings, load_network
-from settings import PAPER, Parser, Settings, build_parser, complete, saved_run, setting
-from train import DataSets, accuracy_line, begin, evaluate, finish, load_teacher, train
+from settings import DISTILLATION, RECIPES, Parser, Settings, build_parser, check, complete, setting
+from train import accuracy_line, build_network, evaluate, introduce, load_teacher, report, train
 
 # What --train lets learn: parameters with one of these in their names. With the attention go the position
 # embeddings, which may just have been resized; they also move the tokens they are added to.
@@ -43,58 +42,81 @@ class FinetuneSettings(Settings):
 
     checkpoint: str = setting("", str, f"a file, a URL, or one of {', '.join(OFFICIAL)}", "fine-tuning")
     recipe: str = setting("", ("short", "paper"), "a few epochs of AdamW, or the authors' settings: above")
-    train: str = setting("all", tuple(TRAINED), "what learns; attention: with position embeddings and heads")
+    trainable: str = setting(
+        "all", tuple(TRAINED), "what learns; attention: with position embeddings and heads", flag="--train"
+    )
 
 
-# Table 7 has both. The rate is per 512 images.
-OPTIMIZERS = {
-    "adamw": dict(optimizer="adamw", lr=5e-4, weight_decay=1e-8),
-    "sgd": dict(optimizer="sgd", lr=0.01, weight_decay=1e-4),
-}
-SHORT = dict(OPTIMIZERS["adamw"], epochs=30, drop_path=0.0)
-# Fewer weights want larger steps: results/head.md has how these were chosen.
-RATES = {"all": 5e-4, "head": 0.05, "attention": 5e-3}
-# The authors' own, for ImageNet at 384 (section 6), at a constant learning rate, and for CIFAR and Cars.
-HIGHER = dict(SHORT, img_size=384, batch_size=512, lr=5e-6, min_lr=5e-6, warmup_epochs=5.0)
-TRANSFER = dict(OPTIMIZERS["sgd"], epochs=1000, batch_size=768, drop_path=0.0, erasing=0.0, repeats=3)
+# Table 7 has both optimizers. The rates are per 512 images.
+ADAMW = dict(optimizer="adamw", lr=5e-4, weight_decay=1e-8)
+SGD = dict(optimizer="sgd", lr=0.01, weight_decay=1e-4)
 CONVNET = dict(optimizer="sgd", lr=0.1, min_lr=0.0, weight_decay=5e-5, warmup_epochs=0.0)
+RESOLUTION = dict(
+    ADAMW, epochs=30, drop_path=0.0, img_size=384, batch_size=512, lr=5e-6, min_lr=5e-6, warmup_epochs=5.0
+)
+TRANSFER = dict(SGD, epochs=1000, drop_path=0.0, batch_size=768, erasing=0.0, repeats=3)
+FINETUNING = {
+    "short, all": dict(ADAMW, epochs=30, drop_path=0.0),
+    # Fewer weights want larger steps: results/head.md has how these were chosen.
+    "short, head": dict(ADAMW, epochs=30, drop_path=0.0, lr=0.05),
+    "short, attention": dict(ADAMW, epochs=30, drop_path=0.0, lr=5e-3),
+    "short, convnet": dict(CONVNET, epochs=30, drop_path=0.0),
+    # The authors' own, for ImageNet at 384 (section 6), at a constant learning rate, and for CIFAR and Cars
+    "paper, resolution": RESOLUTION,
+    "paper, transfer": TRANSFER,
+    "paper, resolution, convnet": RESOLUTION | CONVNET,
+    "paper, transfer, convnet": TRANSFER | CONVNET,
+}
 
 # What a fine-tuned network has from the run it starts from, and what only on that run's own data
-KEPT = ("model", "patch_size", "depth", "augment", "mixup", "cutmix", "erasing", "repeats", "smoothing")
-KEPT_ON_SAME_DATA = ("distill", "no_distill_token", "teacher", "teacher_weights", "tau", "lam", "limit")
-SHOWN = PAPER | dict.fromkeys(("data", "data_path", *KEPT, *KEPT_ON_SAME_DATA), "the checkpoint's") | SHORT
+FROM_CHECKPOINT = (
+    "model",
+    "patch_size",
+    "depth",
+    "augment",
+    "mixup",
+    "cutmix",
+    "erasing",
+    "repeats",
+    "smoothing",
+)
+FROM_SAME_DATA = ("distill", "no_distill_token", "teacher", "teacher_weights", "tau", "lam", "limit")
+
+ABOUT = """Fine-tunes a trained network: at a higher resolution, or on other pictures, such as
+python finetune.py --checkpoint deit_tiny_distilled --data folder --data-path PICTURES
+
+[Values in brackets] are --recipe short's. --recipe paper is, on the checkpoint's own data, {};
+on other data, {}."""
+SHOWN = asdict(Settings()) | FINETUNING["short, all"]
+SHOWN |= dict.fromkeys(("data", "data_path", *FROM_CHECKPOINT, *FROM_SAME_DATA), "the checkpoint's")
 SHOWN |= {
     "img_size": "the checkpoint's; on the checkpoint's own data 1.5 times that, in whole patches",
     "repeats": "the checkpoint's; 1 for other data",
     "distill": "the checkpoint's; for other data label where it has a second token, else none",
-    "teacher_epochs": "as in train.py",
     "epochs": "30; 2 for shapes",
-    "lr": ", ".join(f"{rate} for {part}" for part, rate in RATES.items()),
+    "lr": "0.0005; 0.05 for --train head, 0.005 for --train attention",
     "batch_size": "as in train.py",
-    "warmup_epochs": "5, but at most a tenth of the epochs",
     "checkpoint": "the newest run of train.py below runs/",
     "recipe": "paper on ImageNet's own classes, else short",
-    "train": "all",
+    "trainable": "all",
 }
 
 
 def finetune_parser() -> Parser:
     """The flags of train.py with fine-tuning's own defaults, and three more."""
-    listed = [", ".join(f"{name} {value}" for name, value in recipe.items()) for recipe in (HIGHER, TRANSFER)]
-    note = "[Values in brackets] are --recipe short's. --recipe paper is, on the checkpoint's own data, "
-    note += "; on other data, ".join(listed)
-    return build_parser("finetune.py", __doc__, FinetuneSettings, SHOWN, note)
+    listed = (", ".join(f"{k} {v}" for k, v in recipe.items()) for recipe in (RESOLUTION, TRANSFER))
+    return build_parser("finetune.py", ABOUT.format(*listed), SHOWN, FinetuneSettings)
 
 
 def last_run() -> str:
     """The newest run of train.py below runs/ that trained a transformer."""
     found = sorted(Path("runs").glob("*/last.pth"), key=lambda path: path.stat().st_mtime, reverse=True)
     for path in found:
-        settings = checkpoint_settings(read_checkpoint(path))
+        settings = networks.checkpoint_settings(read_checkpoint(path))
         teacher = path.parent.name.startswith("teacher-")
         if settings.get("model") in SIZES and "checkpoint" not in settings and not teacher:
             return str(path)
-    raise UserError("no run below runs/; make one with: torchrun train.py --model tiny --distill hard")
+    raise UserError("no run below runs/; make one with: python train.py --model tiny --distill hard")
 
 
 def same_data(given: dict, saved: dict) -> bool:
@@ -106,38 +128,40 @@ def same_data(given: dict, saved: dict) -> bool:
 
 def finetune_settings(given: dict, saved: dict) -> FinetuneSettings:
     """The flags given, over the recipe, over what `checkpoint_settings` says of the run it starts from."""
-    saved = PAPER | saved
+    saved = asdict(Settings()) | RECIPES[saved["data"]] | saved
     data, same = given.get("data", saved["data"]), same_data(given, saved)
-    path = given.get("data_path", (saved if data == saved["data"] else PAPER)["data_path"])
-    word = given.get("recipe", "paper" if same and data == "imagenet" else "short")
-    recipe = SHORT if word == "short" else HIGHER if same else TRANSFER
-    if word == "short":
-        recipe = SHORT | {"lr": RATES[given.get("train", "all")], "epochs": 2 if data == "shapes" else 30}
+    named = given.get("recipe", "paper" if same and data == "imagenet" else "short")
+    about = given.get("trainable", "all") if named == "short" else "resolution" if same else "transfer"
     if saved["model"] not in SIZES:
-        recipe = recipe | CONVNET
-    elif given.get("optimizer", recipe["optimizer"]) != recipe["optimizer"]:
-        recipe = recipe | OPTIMIZERS[given["optimizer"]]
+        about = "convnet" if named == "short" else f"{about}, convnet"
+    recipe = dict(FINETUNING[f"{named}, {about}"])
+    if given.get("optimizer", recipe["optimizer"]) != recipe["optimizer"]:
+        recipe |= ADAMW if given["optimizer"] == "adamw" else SGD
+    if named == "short" and data == "shapes":
+        recipe["epochs"] = 2
     if "epochs" in given:  # the recipe's warm-up is for its own epochs
-        recipe = {name: value for name, value in recipe.items() if name != "warmup_epochs"}
+        recipe.pop("warmup_epochs", None)
 
-    start = {name: saved[name] for name in KEPT + (KEPT_ON_SAME_DATA if same else ())}
-    start |= {"checkpoint": given["checkpoint"], "recipe": word, "img_size": saved["img_size"]}
+    start = RECIPES[data] | {name: saved[name] for name in FROM_CHECKPOINT + (FROM_SAME_DATA if same else ())}
+    start |= {"warmup_epochs": "auto", "teacher_epochs": "auto", "img_size": saved["img_size"]}
     if same:
         start["img_size"] = saved["img_size"] * 3 // 2 // saved["patch_size"] * saved["patch_size"]
         start["no_distill_token"] &= "distill" not in given
         if given.get("teacher", saved["teacher"]) != saved["teacher"]:
             start["teacher_weights"] = ""
     else:
-        second = LOSSES[saved["distill"]].token and not saved["no_distill_token"]
+        second = DISTILLATION[saved["distill"]].token and not saved["no_distill_token"]
         start["distill"] = "label" if second else "none"
         start["repeats"] = 1  # an epoch shows each picture; the paper's recipe has its own
-    s = complete(given | {"data": data, "data_path": path}, start | recipe, FinetuneSettings)
+    start |= {"data": data, "data_path": saved["data_path"] if data == saved["data"] else Settings.data_path}
+    s = complete(given, start | recipe | {"recipe": named}, FinetuneSettings)
     for name in ("model", "patch_size", "depth"):
         if getattr(s, name) != saved[name]:
-            flag, own = "--" + name.replace("_", "-"), saved[name]
-            raise UserError(f"{s.checkpoint} has {flag} {own}, not {getattr(s, name)}; fine-tuning keeps it")
-    if s.train != "all" and s.model not in SIZES:
-        raise UserError(f"--train {s.train} is about transformers; a {s.model} learns as a whole")
+            flag = "--" + name.replace("_", "-")
+            text = f"{s.checkpoint} has {flag} {saved[name]}, not {getattr(s, name)}; fine-tuning keeps it"
+            raise UserError(text)
+    if s.trainable != "all" and s.model not in SIZES:
+        raise UserError(f"--train {s.trainable} is about transformers; a {s.model} learns as a whole")
     s.out = given.get("out") or f"runs/{data}-{s.model}-{s.distill}-{s.img_size}px"
     return s
 
@@ -173,52 +197,53 @@ def adapt(state: dict[str, Tensor], network: nn.Module, keep_heads: bool) -> lis
     return done
 
 
-def start_from(s: FinetuneSettings, network: nn.Module, data: DataSets, device: torch.device) -> None:
+def start_from(
+    s: FinetuneSettings, network: nn.Module, train_set: DataSet, val_set: DataSet, device: torch.device
+) -> None:
     """Gives a network the weights of s.checkpoint, and shows the accuracy before and after."""
-    (original, saved), classes = load_network(s.checkpoint), data[0].classes
+    (original, saved), classes = networks.load_network(s.checkpoint), train_set.classes
     original = original.to(device)
     same, keep_heads = same_data(asdict(s), saved), classes == saved["classes"]
     if saved["classes"] is None:  # the authors' files do not name them, but ImageNet's have one order
         keep_heads = same and len(classes) == saved["num_classes"]
         if keep_heads:
-            check_class_order(s.checkpoint, classes, len(classes))
+            networks.check_class_order(s.checkpoint, classes, len(classes))
     if not keep_heads and same and s.recipe == "paper":
         text = f"{s.checkpoint} knows other classes than {s.data_path}"
         raise UserError(f"{text}, and this recipe is too gentle for new heads; use --recipe short")
     if keep_heads:
         low = replace(s, img_size=original.img_size)
         # only shapes are drawn at the image size
-        val = load_data(low, device, ("val",))[0] if s.data == "shapes" else data[1]
-        before = evaluate(original, val, low, device)
-        print0(f"before, at {low.img_size} pixels: {accuracy_line(before)}")
+        val = open_split(low, "val", device) if s.data == "shapes" else val_set
+        print0(f"before, at {low.img_size} pixels: {accuracy_line(evaluate(original, val, low, device))}")
     done = adapt(original.state_dict(), network, keep_heads)
     print0(f"{s.checkpoint}: {'; '.join(done) or 'taken as it is'}")
     if keep_heads:
-        resized = evaluate(network.to(device), data[1], s, device)
+        resized = evaluate(network.to(device), val_set, s, device)
         print0(f"at the start, at {s.img_size} pixels: {accuracy_line(resized)}")
 
 
 def main() -> None:
     started = time.monotonic()
     given = vars(finetune_parser().parse_args())
-    s = saved_run(given, given["out"], FinetuneSettings) if "out" in given else None
-    device = init(s.device if s else given.get("device", "auto"))
+    s = resumed_settings(given, given["out"], FinetuneSettings) if "out" in given else None
     if s is None:
         given["checkpoint"] = given.get("checkpoint") or last_run()
-        s = finetune_settings(given, load_network(given["checkpoint"])[1])
-        s = saved_run(given, s.out, FinetuneSettings) or s
-    data, network = begin(s, device)
-    teacher = load_teacher(s, data, device) if LOSSES[s.distill].teacher else None
-    if teacher and getattr(teacher, "img_size", s.img_size) != s.img_size:
-        print0(f"the teacher sees the images at its own {teacher.img_size} pixels; to bring it along first:")
-        print0(f"  python finetune.py --checkpoint {s.teacher_weights} --img-size {s.img_size} --out OUT")
-        print0("and name OUT/last.pth with --teacher-weights")
+        s = finetune_settings(given, networks.load_network(given["checkpoint"])[1])
+        s = resumed_settings(given, s.out, FinetuneSettings) or s
+    check(s)
+    networks.check_networks(s)
+    device = init(s.device)
+    train_set, val_set = load_data(s, device)
+    network = build_network(s, len(train_set.classes))
+    introduce(s, network, train_set, val_set, device)
+    teacher = load_teacher(s, train_set, val_set, device) if s.needs_teacher else None
     if not (s.resume and holds_run(s.out)):
-        start_from(s, network, data, device)
+        start_from(s, network, train_set, val_set, device)
     for name, parameter in network.named_parameters():
-        parameter.requires_grad_(any(part in name for part in TRAINED[s.train]))
-    accuracy = train(network, s, data, device, teacher)
-    finish(s, accuracy, started)
+        parameter.requires_grad_(any(part in name for part in TRAINED[s.trainable]))
+    accuracy = train(network, s, train_set, val_set, device, teacher)
+    report(s, accuracy, started)
 
 
 if __name__ == "__main__":

@@ -10,18 +10,20 @@ beside the crops that they belong to; here the crops can be drawn again.
 """
 
 import hashlib
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from checkpoint import file_hash, locate
 from data import DataSet, fingerprint, steps_per_epoch
-from distill import predict
+from distill import Teacher
 from launch import all_gather, print0, rank, world_size
 from networks import published_url
+from settings import Settings
 
 # What decides what a teacher sees and says, besides its weights and the data
 DECIDING = ("teacher", "img_size", "patch_size", "augment", "mixup", "cutmix", "erasing", "repeats")
@@ -29,15 +31,19 @@ DECIDING += ("batch_size", "accumulate", "precision", "seed")
 
 
 class RememberedLabels:
-    """A teacher, and a file with its label of every sample that this process trains on.
+    """A teacher that answers from a file with its label of every sample that this process trains on.
 
-    `s` are the settings. What a killed run did not write is unknown, never wrong.
+    `weights` names its checkpoint; `load` gives the teacher itself, and is called only if there is something
+    to ask. What a killed run did not write is unknown, never wrong.
     """
 
-    def __init__(self, s, train_set: DataSet, device: torch.device):
-        weights = locate(published_url(s.teacher) if s.teacher_weights == "published" else s.teacher_weights)
+    def __init__(
+        self, s: Settings, train_set: DataSet, weights: str, load: Callable[[], Teacher], device: torch.device
+    ):
+        self.weights = weights
+        file = locate(published_url(s.teacher) if weights == "published" else weights)
         deciding = [getattr(s, name) for name in DECIDING]
-        deciding += [fingerprint(train_set), file_hash(weights), device.type, rank(), world_size()]
+        deciding += [fingerprint(train_set), file_hash(file), device.type, rank(), world_size()]
         # Another version may draw otherwise, or an edit of these two files.
         deciding += [file_hash(Path(__file__).with_name(name)) for name in ("augment.py", "data.py")]
         deciding += [torch.__version__, np.__version__]
@@ -53,22 +59,17 @@ class RememberedLabels:
         self.known.flat[: len(stored)] = stored
         self.on_device = torch.from_numpy(self.known).to(device)
         self.file = open(path, "r+b", buffering=0)  # noqa: SIM115
-        self.complete = all(all_gather(bool(self.known.all())))
         share, size = 100 * (self.known > 0).mean(), self.known.nbytes / 1e6
         print0(f"the teacher's labels: {path}, {size:.1f} MB for each process, {share:.0f} % are known")
+        self.teacher = None if all(all_gather(bool(self.known.all()))) else load()
 
-    def of(self, teacher: nn.Module) -> "RememberedLabels":
-        """The same, with a teacher to ask for what is unknown."""
-        self.teacher = teacher
-        return self
-
-    def predict(self, inputs: Tensor, key: tuple) -> Tensor:
+    def logits(self, inputs: Tensor, key: tuple) -> Tensor:
         """The labels of the inputs of that key (seed, step, part, rank), as one-hot logits (B, C)."""
         _, step, part, _ = key
         if self.known[step, part].all():
             labels = self.on_device[step, part].long() - 1
         else:
-            labels = predict(self.teacher, inputs).argmax(dim=-1)
+            labels = self.teacher.logits(inputs, key).argmax(dim=-1)
             self.known[step, part] = labels.cpu() + 1
             self.file.seek(self.known[:step].nbytes + self.known[step, :part].nbytes)
             self.file.write(self.known[step, part])

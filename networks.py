@@ -6,6 +6,7 @@ the authors' DeiT checkpoints by short name, their RegNetY-16GF in its own layou
 """
 
 import math
+import os
 import re
 
 import torch
@@ -13,9 +14,10 @@ import torchvision
 from torch import Tensor, nn
 from torchvision.models.regnet import BlockParams, RegNet
 
-from checkpoint import OFFICIAL, checkpoint_weights, read_checkpoint
-from launch import UserError, did_you_mean, user_errors
+from checkpoint import OFFICIAL, checkpoint_weights, is_url, read_checkpoint
+from launch import UserError, did_you_mean, user_errors, world_size
 from model import SIZES, check_fit, create_model
+from settings import Settings
 
 # ---- Convnets ----
 
@@ -177,6 +179,34 @@ def checkpoint_settings(contents: dict) -> dict:
     return known | {"model": names.get(width), "num_classes": num_classes, "no_distill_token": False}
 
 
+def assemble(name: str, num_classes: int, contents: dict, source: str, **sizes: int) -> nn.Module:
+    """A network of that name with a checkpoint's weights ({}: untrained), frozen and in evaluation mode.
+
+    It has `num_classes`, `img_size`, the pixels a side that it was made for, and `classes`, their names or
+    None. `sizes` are for a checkpoint that does not tell its own. `source` is what messages call it.
+    """
+    saved, state = checkpoint_settings(contents), checkpoint_weights(contents)
+    sizes |= {size: saved[size] for size in sizes if size in saved}
+    if name in SIZES:
+        sizes |= dict(distilled="dist_token" in state, depth=num_blocks(state) or 12)
+        with user_errors(), torch.device("meta" if contents else "cpu"):  # no memory before it is seen to fit
+            network = create_model(name, num_classes=num_classes, **sizes)
+    else:
+        network, state = create_convnet(name, num_classes, sizes["img_size"]), torchvision_layout(state)
+    if contents:
+        with user_errors():
+            misfit = f"{source} does not fit a {name} for {num_classes} classes"
+            check_fit(network.state_dict(), state, misfit)
+        network.load_state_dict(state, assign=True)
+        network.float()
+    network.num_classes, network.img_size, network.classes = (
+        num_classes,
+        sizes["img_size"],
+        saved.get("classes"),
+    )
+    return network.eval().requires_grad_(False)
+
+
 def create_teacher(
     name: str, num_classes: int, weights: str | None = None, *, img_size: int = 224, patch_size: int = 16
 ) -> nn.Module:
@@ -186,50 +216,76 @@ def create_teacher(
     classifier, or `tiny`, `small`, `base` (a DeiT; a distilled one returns its pair of logits). `weights` is
     None (untrained), "published" (torchvision's or the DeiT authors'), or a path or URL of a file with one of
     our checkpoints, a plain state dict or, for regnet_y_16gf, one in the key layout of the paper's own
-    teacher file. The teacher has `img_size`, the pixels a side that it was made for, and `classes`, their
-    names or None: the file's own where it says them, else `img_size` and `patch_size` as given. Raises
-    ValueError for misfits.
+    teacher file. The two sizes count where the file does not tell them. Raises ValueError for misfits.
     """
     check_name(name)
-    source = published_url(name) if weights == "published" else weights
-    contents = read_checkpoint(source) if source else {}
-    saved, state = checkpoint_settings(contents), checkpoint_weights(contents)
-    if saved.get("model") not in (None, name):
-        raise UserError(f"{weights} holds a {saved['model']}, not a {name}")
-    img_size, patch_size = saved.get("img_size", img_size), saved.get("patch_size", patch_size)
-    if name in SIZES:
-        sizes = dict(num_classes=num_classes, img_size=img_size, patch_size=patch_size)
-        more = dict(distilled="dist_token" in state, depth=num_blocks(state) or 12)
-        with user_errors(), torch.device("meta" if source else "cpu"):  # no memory before it is seen to fit
-            teacher = create_model(name, **sizes, **more)
-    else:
-        teacher = create_convnet(name, num_classes, img_size)
-        state = torchvision_layout(state)
-    if source:
-        with user_errors():
-            check_fit(
-                teacher.state_dict(), state, f"{weights} does not fit a {name} for {num_classes} classes"
-            )
-        teacher.load_state_dict(state, assign=True)
-        teacher.float()
-    teacher.img_size, teacher.classes = img_size, saved.get("classes")
-    return teacher.eval().requires_grad_(False)
+    contents = read_checkpoint(published_url(name) if weights == "published" else weights) if weights else {}
+    saved_name = checkpoint_settings(contents).get("model") or name
+    if saved_name != name:
+        raise UserError(f"{weights} holds a {saved_name}, not a {name}")
+    return assemble(name, num_classes, contents, weights, img_size=img_size, patch_size=patch_size)
 
 
 def load_network(source: str) -> tuple[nn.Module, dict]:
     """A trained network, frozen and in evaluation mode, and the settings that it was trained with.
 
-    `source` is a checkpoint of ours or the authors' (a file, a URL, a short name), or the name of a
-    torchvision classifier, with its published weights. The network has `img_size`, `num_classes` and
-    `classes`, their names or None. Raises UserError for anything else.
+    `source` is a run's folder, a checkpoint of ours or the authors' (a file, a URL, a short name), or the
+    name of a torchvision classifier, with its published weights. The network has `img_size`, `num_classes`
+    and `classes`, their names or None. Raises UserError for anything else.
     """
     if source in (*REGNETY, *torchvision.models.list_models(torchvision.models)):
-        saved, weights = published_settings(source), "published"
+        contents, saved = read_checkpoint(published_url(source)), published_settings(source)
     else:
-        saved, weights = checkpoint_settings(read_checkpoint(source)), source
+        contents = read_checkpoint(source)
+        saved = checkpoint_settings(contents)
     if not saved.get("model") or "num_classes" not in saved:
         raise UserError(f"{source} does not say what it is; name a checkpoint of train.py or an official one")
-    sizes = {name: saved[name] for name in ("img_size", "patch_size") if name in saved}
-    network = create_teacher(saved["model"], saved["num_classes"], weights, **sizes)
-    network.num_classes = saved["num_classes"]
-    return network, saved
+    sizes = dict(img_size=saved["img_size"], patch_size=saved.get("patch_size", 16))
+    return assemble(saved["model"], saved["num_classes"], contents, source, **sizes), saved
+
+
+# ---- What is refused early ----
+
+
+def check_networks(s: Settings) -> None:
+    """Raises UserError for a network, or a teacher's weights, that a run could not use, before it begins."""
+    source = s.teacher_weights
+    if source == "published" and s.needs_teacher and s.teacher not in SIZES:
+        published_settings(s.teacher)
+    elif source not in ("", "published") and not is_url(source) and not os.path.exists(source):
+        raise UserError(f"there is no file {source}; --teacher-weights takes a checkpoint's path or URL")
+    for name in (s.model, s.teacher):
+        check_name(name)
+    for name in {s.model} | ({s.teacher} if s.needs_teacher else set()):
+        check_sizes(name, s, s.batch_size // (world_size() * s.accumulate))
+
+
+def check_sizes(name: str, s: Settings, micro_batch_size: int) -> None:
+    """Raises UserError unless a network can be trained at these sizes."""
+    if name in SIZES and s.img_size // s.patch_size > 256:
+        grid = s.img_size // s.patch_size
+        raise UserError(f"{grid}×{grid} patches are more than 256×256; raise --patch-size")
+    with torch.device("meta"):  # where nothing is computed, but shapes that do not fit are found
+        if name in SIZES:
+            with user_errors():
+                create_model(name, img_size=s.img_size, patch_size=s.patch_size)
+            return
+        try:
+            network = create_convnet(name, 10, s.img_size).train()
+            network(torch.zeros(micro_batch_size, 3, s.img_size, s.img_size))
+        except NotImplementedError:  # torchvision computes the widths of its RegNets from values
+            return
+        except (RuntimeError, AssertionError, ValueError, TypeError) as error:
+            size, reason = s.img_size, (str(error).strip().splitlines() or [""])[0]
+            batch = f"batches of {micro_batch_size} images of {size} pixels"
+            raise UserError(f"{name} cannot learn from {batch}: {reason}") from error
+
+
+def check_classes(source: str, network: nn.Module, classes: list[str]) -> None:
+    """Raises UserError if a network, whose weights are from `source`, knows other classes than these."""
+    if network.classes is None:
+        check_class_order(source, classes, len(classes))
+    elif network.classes != classes:
+        odd = next(n for n in range(len(classes)) if network.classes[n] != classes[n])
+        names = f"class {odd} is {network.classes[odd]!r} there and {classes[odd]!r} here"
+        raise UserError(f"{source} was trained on other classes than the student's: {names}")

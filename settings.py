@@ -1,52 +1,57 @@
-"""Every setting with its default, range, unit and meaning; the recipes; what is refused.
+"""Every setting with its default, range, unit and meaning; the recipes of the data sets; the flags.
 
-A first reading needs the table below and RECIPES. Each setting is a flag of train.py and finetune.py, and its
-default is the paper's value for ImageNet (Table 9). A run's settings are the flags given, over its data set's
-recipe, over these defaults; they are kept in the run's settings.json, and those that play a part are printed.
-Half of the file refuses, resumes and prints; it is long so that a mistake ends in one line and early.
+Each setting is a flag of train.py and finetune.py; its default is the paper's value for ImageNet (Table 9). A
+run has the flags given, over its recipe, over these defaults: `complete` puts them together, before anything
+else happens. A student's learning rate, say, stands in RECIPES, a teacher's in CONVNET_RECIPES.
 """
 
 import argparse
-import json
 import math
 import os
 import re
 import textwrap
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, fields
-from pathlib import Path
+from typing import NamedTuple
 
-import torch
+from launch import UserError, choose_precision, device_type, did_you_mean, print0, world_size
 
-from checkpoint import holds_run, is_url, make_directory, save_json
-from data import DATA_NAMES
-from distill import LOSSES
-from launch import (
-    UserError,
-    choose_precision,
-    device_type,
-    did_you_mean,
-    print0,
-    rank,
-    user_errors,
-    world_size,
+
+class Distillation(NamedTuple):
+    """What a choice of --distill needs; its loss is in distill.py."""
+
+    teacher: bool  # the loss asks a teacher
+    token: bool  # the student has a distillation token, unless --no-distill-token
+
+
+DISTILLATION = {
+    "none": Distillation(teacher=False, token=False),
+    "soft": Distillation(teacher=True, token=True),
+    "hard": Distillation(teacher=True, token=True),
+    "label": Distillation(teacher=False, token=True),
+}
+TRANSFORMERS = ("tiny", "small", "base")  # the students; every other network is a convnet or torchvision's
+DATA_SETS = (
+    "shapes",
+    "cifar10",
+    "cifar100",
+    "flowers102",
+    "cars",
+    "inat2018",
+    "inat2019",
+    "imagenet",
+    "folder",
 )
-from model import SIZES, create_model
-from networks import LOW_RESOLUTION, check_name, create_convnet, published_settings
+DEVICES = ("auto", "cuda", "mps", "cpu")
+PRECISIONS = ("auto", "fp32", "bf16", "fp16")
 
 
-def setting(default, allowed, meaning: str, group: str = ""):
-    """A field of Settings: its default, its type or the values allowed, its meaning and unit.
-
-    The first of a group of settings has the group's title in --help.
-    """
-    return field(default=default, metadata={"allowed": allowed, "meaning": meaning, "group": group})
-
-
-def number(kind: type, low: float, high: float = math.inf) -> Callable:
-    """An argparse type: a number from `low` to `high`."""
+def number(kind: type, low: float, high: float = math.inf, auto: bool = False) -> Callable:
+    """An argparse type: a number from `low` to `high`, or the word auto where that is allowed."""
 
     def convert(text: str):
+        if auto and text == "auto":
+            return text
         value = kind(text)
         if not low <= value <= high:
             raise argparse.ArgumentTypeError(f"{text} is not allowed: it must be from {low:g} to {high:g}")
@@ -59,7 +64,16 @@ def number(kind: type, low: float, high: float = math.inf) -> Callable:
 COUNT, POSITIVE = number(int, 1), number(float, 0)
 SHARE, RATE = number(float, 0, 1), number(float, 0, 0.999999)
 PIXELS = number(int, 1, 4096)
-DEVICES = ("auto", "cuda", "mps", "cpu")
+
+
+def setting(default, allowed, meaning: str, group: str = "", flag: str = ""):
+    """A field of Settings: its default, its type or the values allowed, its meaning and unit.
+
+    The first of a group has the group's title in --help. `flag` is for one that is not named after its field.
+    """
+    return field(
+        default=default, metadata={"allowed": allowed, "meaning": meaning, "group": group, "flag": flag}
+    )
 
 
 # fmt: off
@@ -67,7 +81,7 @@ DEVICES = ("auto", "cuda", "mps", "cpu")
 class Settings:
     """The settings of a run. Rates are probabilities; `lr` is for 512 images."""
 
-    data: str = setting("shapes", DATA_NAMES, "data set, with its recipe", "what to train on what")
+    data: str = setting("shapes", DATA_SETS, "data set, with its recipe", "what to train on what")
     data_path: str = setting("data", str, "where downloads go, or a tree with train/CLASS/* and val/CLASS/*")
     limit: int = setting(0, number(int, 0), "use only so many training and validation images; 0: all")
     model: str = setting("tiny", str, "tiny, small, base, or a teacher's network: any of --teacher")
@@ -75,14 +89,16 @@ class Settings:
     patch_size: int = setting(16, PIXELS, "side of a patch, pixels; divides the image size")
     depth: int = setting(12, number(int, 1, 100), "blocks of a transformer; the paper's networks have 12")
 
-    distill: str = setting("none", tuple(LOSSES), "soft: equation 2; hard: equation 3; label: a second "
+    distill: str = setting("none", tuple(DISTILLATION), "soft: equation 2; hard: equation 3; label: a second "
                            "token trained on the true label, the paper's control", "distillation (section 4)")
     no_distill_token: bool = setting(False, bool, "distill into the class token alone (rows 2, 3 of Table 3)")
-    teacher: str = setting("regnet_y_16gf", str, "the teacher's network: regnet_y_200mf, _4gf, _8gf, _12gf, "
-                           "_16gf, vgg8, any classifier of torchvision, or tiny, small, base")
+    teacher: str = setting("auto", str, "the teacher's network: regnet_y_200mf, _4gf, _8gf, _12gf, _16gf, "
+                           "vgg8, any classifier of torchvision, or tiny, small, base; auto: vgg8 for images "
+                           "of up to 64 pixels, regnet_y_200mf for larger ones")
     teacher_weights: str = setting("", str, "'published' (torchvision's), or a checkpoint's path or URL; "
                                    "without it a teacher is trained first on the same data, beside the run")
-    teacher_epochs: int = setting(300, COUNT, "epochs of a teacher")
+    teacher_epochs: int = setting("auto", number(int, 1, auto=True), "epochs of a teacher that is trained "
+                                  "first; auto: those of its own recipe")
     remember_labels: bool = setting(False, bool, "hard: keep the teacher's labels beside the run, for "
                                     "other students of the same data, augmentation, batch and seed")
     tau: float = setting(3.0, number(float, 1e-6, 1e6), "temperature τ of soft distillation")
@@ -106,16 +122,16 @@ class Settings:
     lr: float = setting(5e-4, POSITIVE, "learning rate per 512 images: the one used is lr × batch size / 512")
     min_lr: float = setting(1e-5, POSITIVE, "learning rate at the end of the cosine, as it is")
     warmup_lr: float = setting(1e-6, POSITIVE, "learning rate at the start of the warm-up, as it is")
-    warmup_epochs: float = setting(5.0, POSITIVE, "epochs of linear warm-up")
+    warmup_epochs: float = setting("auto", number(float, 0, auto=True), "epochs of linear warm-up; auto: the "
+                                   "paper's 5, but at most a tenth of the epochs")
     weight_decay: float = setting(0.05, POSITIVE, "not for biases, norms, tokens and position embeddings")
     clip_grad: float = setting(0.0, POSITIVE, "largest norm of the gradient, 0 is no clipping")
     epochs: int = setting(300, COUNT, "epochs, each of about as many images as the data set has")
     batch_size: int = setting(1024, COUNT, "images a step, of all processes and accumulated parts together")
     accumulate: int = setting(1, COUNT, "parts into which a process cuts its share of a batch; saves memory")
 
-    precision: str = setting("auto", ("auto", "fp32", "bf16", "fp16"), "of matrix products; auto: bf16 on a "
-                             "GPU that has it, else fp16; bf16 on a CPU that is faster in it, else fp32",
-                             "running")
+    precision: str = setting("auto", PRECISIONS, "of matrix products; auto: bf16 on a GPU that has it, else "
+                             "fp16; bf16 on a CPU that is faster in it, else fp32", "running")
     compile: bool = setting(False, bool, "use torch.compile")
     device: str = setting("auto", DEVICES, "auto takes a GPU where there is one")
     workers: int = setting(-1, number(int, -1, 256), "processes that read image files, -1 chooses")
@@ -129,59 +145,107 @@ class Settings:
     @property
     def distilled(self) -> bool:
         """Whether the network has a distillation token."""
-        return self.model in SIZES and LOSSES[self.distill].token and not self.no_distill_token
+        return self.model in TRANSFORMERS and DISTILLATION[self.distill].token and not self.no_distill_token
 
-    def workers_here(self) -> int:
-        """How many processes read image files for this one."""
-        local = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-        return self.workers if self.workers >= 0 else max(1, min(8, (os.cpu_count() or 1) // local))
+    @property
+    def needs_teacher(self) -> bool:
+        return DISTILLATION[self.distill].teacher
 # fmt: on
 
-# What each data set changes in the paper's settings: its recipe. Others are trained as ImageNet is.
-# `complete` makes the teacher vgg8 for images of up to 64 pixels, so for cifar10, cifar100 and shapes.
-SMALL = dict(teacher="regnet_y_200mf", teacher_epochs=30, repeats=1, img_size=224)
-PICTURES = dict(SMALL, epochs=100, batch_size=64, lr=1e-3)
-CIFAR = dict(SMALL, img_size=32, patch_size=4, epochs=100, batch_size=256, lr=1e-3)
+
+# ---- Recipes: what a data set changes in the paper's settings ----
+
+CIFAR = dict(img_size=32, patch_size=4, epochs=100, batch_size=256, lr=1e-3, repeats=1)
+PICTURES = dict(img_size=224, epochs=100, batch_size=64, lr=1e-3, repeats=1)
 RECIPES = {
-    "imagenet": dict(teacher_weights="published"),
+    "imagenet": dict(teacher="regnet_y_16gf", teacher_weights="published"),
+    "inat2018": dict(teacher="regnet_y_16gf"),
+    "inat2019": dict(teacher="regnet_y_16gf"),
     "cifar10": CIFAR,
     "cifar100": CIFAR,
     "folder": PICTURES,
     "flowers102": PICTURES,
     "cars": PICTURES,
-    "shapes": dict(SMALL, teacher_epochs=2, img_size=24, patch_size=8, epochs=8, batch_size=128, lr=4e-3,
+    "shapes": dict(img_size=24, patch_size=8, epochs=8, batch_size=128, lr=4e-3, repeats=1,
                    warmup_epochs=0.5, drop_path=0.0),
 }  # fmt: skip
-# What a convnet changes: SGD. Teachers have "the same data and same data-augmentation" (section 5.2), but
-# for small images, where a teacher has minutes: too few for the whole of it (results/teachers.md).
-CONVNET = dict(optimizer="sgd", lr=0.8, min_lr=0.0, weight_decay=5e-5, drop_path=0.0, distill="none")
-LIGHT = dict(augment="none", mixup=0.0, cutmix=0.0)
-CIFAR_CONVNET = dict(LIGHT, erasing=0.0, batch_size=128, weight_decay=5e-4, warmup_epochs=1.0)
-CONVNET_RECIPES = {"shapes": dict(LIGHT, lr=0.1), "cifar10": CIFAR_CONVNET, "cifar100": CIFAR_CONVNET}
+
+# The same for convnets, which learn by SGD. Teachers have "the same data and same data-augmentation" (section
+# 5.2), but for small images, where a teacher has minutes: too few for the whole of it (results/teachers.md).
+# fmt: off
+IMAGENET_CONVNET = dict(epochs=300, optimizer="sgd", lr=0.8, min_lr=0.0, weight_decay=5e-5)
+CIFAR_CONVNET = dict(img_size=32, patch_size=4, epochs=30, batch_size=128, repeats=1, optimizer="sgd", lr=0.8,
+                     min_lr=0.0, weight_decay=5e-4, augment="none", mixup=0.0, cutmix=0.0, erasing=0.0)
+PICTURES_CONVNET = dict(img_size=224, epochs=30, batch_size=64, repeats=1, optimizer="sgd", lr=0.8,
+                        min_lr=0.0, weight_decay=5e-5)
+# fmt: on
+CONVNET_RECIPES = {
+    "imagenet": IMAGENET_CONVNET,
+    "inat2018": IMAGENET_CONVNET,
+    "inat2019": IMAGENET_CONVNET,
+    "cifar10": CIFAR_CONVNET,
+    "cifar100": CIFAR_CONVNET,
+    "folder": PICTURES_CONVNET,
+    "flowers102": PICTURES_CONVNET,
+    "cars": PICTURES_CONVNET,
+    "shapes": dict(
+        img_size=24,
+        patch_size=8,
+        epochs=2,
+        batch_size=128,
+        repeats=1,
+        optimizer="sgd",
+        lr=0.1,
+        min_lr=0.0,
+        weight_decay=5e-5,
+        augment="none",
+        mixup=0.0,
+        cutmix=0.0,
+    ),
+}  # fmt: skip
+
+
+def recipe_of(data: str, model: str) -> dict:
+    """What training a network on a data set changes in the paper's settings."""
+    return (RECIPES if model in TRANSFORMERS else CONVNET_RECIPES)[data]
 
 
 def complete(given: dict, recipe: dict | None = None, kind: type = Settings):
-    """All settings of a run: the flags given, over `recipe`, over the data set's, over the paper's."""
-    data, recipe = given.get("data", Settings.data), recipe or {}
-    values = dict(RECIPES.get(data, {}))
-    if "teacher" in values and (values | recipe | given)["img_size"] <= LOW_RESOLUTION:
-        values["teacher"] = "vgg8"  # results/teachers.md
-    if (recipe | given).get("model", Settings.model) not in SIZES:
-        values |= CONVNET | CONVNET_RECIPES.get(data, {})
-        values["epochs"] = values.get("teacher_epochs", Settings.teacher_epochs)
-    s = kind(**values | recipe | given)
-    if "warmup_epochs" not in recipe | given:  # a short run cannot spend the paper's 5 of 300 epochs on it
-        s.warmup_epochs = min(s.warmup_epochs, s.epochs / 10)
-    s.out = s.out or f"runs/{s.data}-{s.model}-{s.distill}" + "-no-token" * s.no_distill_token
+    """All settings of a run: those given, over a recipe (its data set's), over the paper's.
+
+    No `auto` is left but the device's; what it means stands in the help of each flag.
+    """
+    if recipe is None:
+        recipe = recipe_of(given.get("data", kind.data), given.get("model", kind.model))
+    s = kind(**recipe | given)
+    if s.warmup_epochs == "auto":
+        s.warmup_epochs = min(5.0, s.epochs / 10)
+    if s.teacher == "auto":
+        s.teacher = "vgg8" if s.img_size <= 64 else "regnet_y_200mf"
+    if s.teacher_epochs == "auto":
+        s.teacher_epochs = recipe_of(s.data, s.teacher).get("epochs", kind.epochs)
     s.precision = choose_precision(s.precision, device_type(s.device))
+    s.out = s.out or f"runs/{s.data}-{s.model}-{s.distill}" + "-no-token" * s.no_distill_token
     return s
 
 
-# ---- Flags ----
+def check(s: Settings) -> None:
+    """Refuses early what contradicts itself; networks.py and data.py refuse what does not fit them."""
+    parts = world_size() * s.accumulate
+    if s.batch_size % parts:
+        text = f"--batch-size {s.batch_size} does not divide into processes × --accumulate = {parts} parts"
+        raise UserError(f"{text}; try {math.ceil(s.batch_size / parts) * parts}")
+    if s.remember_labels and s.distill != "hard":
+        raise UserError("--remember-labels is for --distill hard alone, which needs only a teacher's labels")
+    if s.warmup_epochs >= s.epochs:
+        raise UserError(f"--warmup-epochs must be less than --epochs, {s.epochs}")
+    if s.distill == "label" and not s.distilled:
+        raise UserError("--distill label needs a transformer and no --no-distill-token")
+    if s.data == "shapes" and s.data_path != Settings.data_path:
+        raise UserError("--data-path has no use for shapes; for pictures of your own add --data folder")
 
-PAPER, BARE = asdict(Settings()), asdict(complete({})) | {"precision": "auto"}
-NOTE = "[Values in brackets] are those of bare `python train.py`, the recipe of shapes; other data sets have "
-NOTE += "other recipes (RECIPES in settings.py), --data imagenet the paper's."
+
+# ---- Flags ----
 
 
 class Parser(argparse.ArgumentParser):
@@ -197,15 +261,15 @@ class Parser(argparse.ArgumentParser):
         raise UserError(f"{message}{hint}; see {self.prog} --help")
 
 
-def build_parser(prog: str, doc: str, kind: type = Settings, shown: dict = BARE, note: str = NOTE):
-    """The flags of a class of settings, its own first, each with its value in `shown`.
+def build_parser(prog: str, about: str, shown: dict, kind: type = Settings) -> Parser:
+    """The flags of a class of settings, its own first, each with its value in `shown`; `about` goes in front.
 
-    Only those given are parsed. In front are two paragraphs of a program's `doc`: what it is, and examples.
+    Only those given are parsed.
     """
-    text = "\n\n".join([*doc.split("\n\n")[:2], textwrap.fill(note, 110)])
     raw = dict(allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser = group = Parser(prog=prog, description=text, usage="%(prog)s [--FLAG VALUE ...]", **raw)
-    for one in sorted(fields(kind), key=lambda one: one.name in PAPER):
+    parser = group = Parser(prog=prog, description=about, usage="%(prog)s [--FLAG VALUE ...]", **raw)
+    inherited = {one.name for one in fields(Settings)}
+    for one in sorted(fields(kind), key=lambda one: kind is not Settings and one.name in inherited):
         allowed, text = one.metadata["allowed"], one.metadata["meaning"]
         if one.metadata["group"]:
             group = parser.add_argument_group(one.metadata["group"])
@@ -214,129 +278,19 @@ def build_parser(prog: str, doc: str, kind: type = Settings, shown: dict = BARE,
             options = {"action": "store_true"}
         elif shown.get(one.name, "") != "":
             text += f" [{shown[one.name]}]"
-        flag = "--" + one.name.replace("_", "-")
-        group.add_argument(flag, default=argparse.SUPPRESS, help=text, **options)
+        flag = one.metadata["flag"] or "--" + one.name.replace("_", "-")
+        group.add_argument(flag, dest=one.name, default=argparse.SUPPRESS, help=text, **options)
     return parser
 
 
-# ---- A run's settings ----
-
-# These do not change what a run computes: a resumed run may have others, a teacher serves for all of them.
-INCIDENTAL = {"out", "workers", "device", "compile", "resume", "overwrite", "save_every", "skip_broken"}
-INCIDENTAL |= {"remember_labels"}
-# A resumed run may move to other machines.
-ADJUSTABLE = INCIDENTAL | {"accumulate", "data_path"}
-
-
-def from_saved(saved: dict, kind: type = Settings, **changed):
-    """The settings that a run or checkpoint was saved with; those it does not know are the paper's."""
-    known = {one.name for one in fields(kind)}
-    return kind(**{name: value for name, value in (saved | changed).items() if name in known})
-
-
-def saved_run(given: dict, out: str, kind: type = Settings):
-    """The settings of the run in `out` where --resume continues it, with what may change; None to start one.
-
-    Raises UserError if a flag given differs from the run's, or if a run would be written over without leave.
-    """
-    path = Path(out) / "settings.json"
-    if not given.get("resume"):
-        if given.get("overwrite") and os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0") != "0":
-            raise UserError("--overwrite would start anew at each of torchrun's restarts; use --resume")
-        if not given.get("overwrite") and holds_run(out):
-            raise UserError(f"{out} holds a run; --resume continues it, --overwrite replaces it")
-        return None
-    if not os.path.exists(path):
-        if given.keys() <= INCIDENTAL:
-            raise UserError(f"there is no run in {out} to continue, and no flag that says what to start")
-        return None
-    saved = json.loads(path.read_text())
-    if ("checkpoint" in saved) != (kind is not Settings):
-        owner = "finetune.py" if "checkpoint" in saved else "train.py"
-        raise UserError(f"{out} is a run of {owner}; continue it with {owner} --resume")
-    if given.get("precision") == "auto":  # it was chosen when the run began
-        given = {name: value for name, value in given.items() if name != "precision"}
-    for name in sorted(given.keys() - ADJUSTABLE):
-        own = saved.get(name, getattr(kind, name))
-        if given[name] != own:
-            more = f", or train on from its end: finetune.py --checkpoint {out}" if name == "epochs" else ""
-            flag = "--" + name.replace("_", "-")
-            raise UserError(f"the run in {out} has {flag} {own}, not {given[name]}; leave the flag out{more}")
-    s = from_saved(saved, kind, **{"overwrite": False} | given)
-    s.precision = choose_precision(s.precision, device_type(s.device))  # a run of an older version: auto
-    return s
-
-
-def check(s: Settings) -> None:
-    """Refuses early what cannot work."""
-    loss, parts = LOSSES[s.distill], world_size() * s.accumulate
-    if s.batch_size % parts:
-        text = f"--batch-size {s.batch_size} does not divide into processes × --accumulate = {parts} parts"
-        raise UserError(f"{text}; try {math.ceil(s.batch_size / parts) * parts}")
-    if s.remember_labels and s.distill != "hard":
-        raise UserError("--remember-labels is for --distill hard alone, which needs only a teacher's labels")
-    if s.warmup_epochs >= s.epochs:
-        raise UserError(f"--warmup-epochs must be less than --epochs, {s.epochs}")
-    if loss.token and not loss.teacher and not s.distilled:
-        raise UserError(f"--distill {s.distill} needs a transformer and no --no-distill-token")
-    if s.data == "shapes" and s.data_path != Settings.data_path:
-        raise UserError("--data-path has no use for shapes; for pictures of your own add --data folder")
-    if s.data in ("folder", "imagenet") and not Path(s.data_path).is_dir():
-        raise UserError(f"there is no folder {s.data_path}; name the data set's with --data-path")
-    source = s.teacher_weights
-    if source == "published" and loss.teacher and s.teacher not in SIZES:
-        published_settings(s.teacher)
-    elif source not in ("", "published") and not is_url(source) and not os.path.exists(source):
-        raise UserError(f"there is no file {source}; --teacher-weights takes a checkpoint's path or URL")
-    for name in (s.model, s.teacher):
-        check_name(name)
-    for name in {s.model} | ({s.teacher} if loss.teacher else set()):
-        check_sizes(name, s, s.batch_size // parts)
-    make_directory(Path(s.out))
-
-
-def check_sizes(name: str, s: Settings, micro_batch_size: int) -> None:
-    """Raises UserError unless a network can be trained at these sizes."""
-    if name in SIZES and s.img_size // s.patch_size > 256:
-        grid = s.img_size // s.patch_size
-        raise UserError(f"{grid}×{grid} patches are more than 256×256; raise --patch-size")
-    with torch.device("meta"):  # where nothing is computed, but shapes that do not fit are found
-        if name in SIZES:
-            with user_errors():
-                create_model(name, img_size=s.img_size, patch_size=s.patch_size)
-            return
-        try:
-            network = create_convnet(name, 10, s.img_size).train()
-            network(torch.zeros(micro_batch_size, 3, s.img_size, s.img_size))
-        except NotImplementedError:  # torchvision computes the widths of its RegNets from values
-            return
-        except (RuntimeError, AssertionError, ValueError, TypeError) as error:
-            size, reason = s.img_size, (str(error).strip().splitlines() or [""])[0]
-            batch = f"batches of {micro_batch_size} images of {size} pixels"
-            raise UserError(f"{name} cannot learn from {batch}: {reason}") from error
-
-
-def start_run(s: Settings) -> None:
-    """Writes a run's settings into its directory, from which an earlier run is removed unless it goes on."""
-    if rank() > 0:
-        return
-    out = Path(s.out)
-    stale = [*out.glob("*.partial")]  # of a process that was killed while it wrote
-    if not s.resume:
-        stale += [out / name for name in ("last.pth", "previous.pth", "best.pth", "log.jsonl")]
-    for path in stale:
-        path.unlink(missing_ok=True)
-    save_json(out / "settings.json", asdict(s))
-
-
 def describe(s: Settings) -> None:
-    """Prints the settings that play a part in a run; `start_run` keeps all of them."""
+    """Prints the settings that play a part in a run; settings.json in its directory has all of them."""
     parts = {
-        "teacher teacher_weights teacher_epochs": LOSSES[s.distill].teacher,
-        "tau lam": LOSSES[s.distill].teacher and s.distill != "hard",
-        "no_distill_token": LOSSES[s.distill].token and s.model in SIZES,
-        "depth dropout drop_path": s.model in SIZES,
-        "patch_size": SIZES.keys() & {s.model, s.teacher},
+        "teacher teacher_weights teacher_epochs remember_labels": s.needs_teacher,
+        "tau lam": s.distill == "soft",
+        "no_distill_token": DISTILLATION[s.distill].token and s.model in TRANSFORMERS,
+        "depth dropout drop_path": s.model in TRANSFORMERS,
+        "patch_size": {s.model, s.teacher if s.needs_teacher else ""} & set(TRANSFORMERS),
         "warmup_lr": s.warmup_epochs,
         "data_path skip_broken workers": s.data != "shapes",
     }
