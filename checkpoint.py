@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from launch import UserError, all_reduce, main_process_first, print0, rank, world_size
-from settings import Settings, choose_precision, device_type
+from settings import Settings, flag_of
 
 # ---- Reading ----
 
@@ -79,8 +79,6 @@ def read_checkpoint(source: str | Path) -> dict:
     try:
         if zipfile.is_zipfile(path):
             with zipfile.ZipFile(path) as members:
-                if any(member.compress_type for member in members.infolist()):
-                    raise UserError("it is compressed, as no checkpoint is")  # and may unpack to any size
                 if bad := members.testzip():  # torch itself does not look at the checksums
                     raise UserError(f"{bad} in it is damaged")
         contents = torch.load(path, map_location="cpu", weights_only=True)
@@ -136,9 +134,10 @@ ADJUSTABLE |= {"remember_labels", "accumulate", "data_path"}  # a run may move t
 def from_saved(saved: dict, kind: type = Settings, **changed):
     """The settings that a run or checkpoint was saved with; those it does not know have their defaults."""
     known = {one.name for one in fields(kind)}
-    if "train" in saved:  # its name in older runs of finetune.py
-        saved = saved | {"trainable": saved["train"]}
-    return kind(**{name: value for name, value in (saved | changed).items() if name in known})
+    saved = (
+        {"trainable": saved.get("train", "all")} | saved | changed
+    )  # its name in older runs of finetune.py
+    return kind(**{name: value for name, value in saved.items() if name in known})
 
 
 def resumed_settings(given: dict, out: str, kind: type = Settings):
@@ -163,36 +162,33 @@ def resumed_settings(given: dict, out: str, kind: type = Settings):
     if ("checkpoint" in saved) != (kind is not Settings):
         owner = "finetune.py" if "checkpoint" in saved else "train.py"
         raise UserError(f"{out} is a run of {owner}; continue it with {owner} --resume")
-    given = {
-        name: value for name, value in given.items() if value != "auto"
-    }  # that was decided when it began
-    s = from_saved(saved, kind, **{"overwrite": False} | given)
+    # What `auto` means was decided when the run began.
+    given = {"overwrite": False} | {name: value for name, value in given.items() if value != "auto"}
+    before, s = from_saved(saved, kind), from_saved(saved, kind, **given)
     for name in sorted(given.keys() - ADJUSTABLE):
-        before = getattr(from_saved(saved, kind), name)
-        if given[name] != before:
-            more = f", or train on from its end: finetune.py --checkpoint {out}" if name == "epochs" else ""
-            flag = kind.__dataclass_fields__[name].metadata["flag"] or "--" + name.replace("_", "-")
-            text = f"the run in {out} has {flag} {before}, not {given[name]}; leave the flag out{more}"
-            raise UserError(text)
-    s.precision = choose_precision(s.precision, device_type(s.device))  # an older run left it open
+        if given[name] != getattr(before, name):
+            flag, remedy = flag_of(kind, name), "leave the flag out"
+            if name == "epochs":
+                remedy += f", or train on from its end: finetune.py --checkpoint {out}"
+            text = f"the run in {out} has {flag} {getattr(before, name)}, not {given[name]}"
+            raise UserError(f"{text}; {remedy}")
     return s
 
 
 def save_settings(s: Settings) -> None:
     """Writes a run's settings into its directory, from where --resume takes them."""
     if rank() == 0:
-        for partial in Path(s.out).glob("*.partial"):  # of a process that was killed while it wrote
-            partial.unlink()
         text = json.dumps(asdict(s), indent=2)
         atomic_save(Path(s.out) / "settings.json", lambda file: file.write(text.encode()))
+        for partial in Path(s.out).glob("*.partial"):  # of a process that was killed while it wrote
+            partial.unlink()
 
 
 def remove_run(out: str) -> None:
     """Removes an earlier run's files."""
-    out = Path(out)
     if rank() == 0:
         for name in ("last.pth", "best.pth", "log.jsonl"):
-            (out / name).unlink(missing_ok=True)
+            Path(out, name).unlink(missing_ok=True)
 
 
 # ---- A run's files ----
@@ -212,10 +208,8 @@ def read_log(out: str | Path) -> list[dict]:
 class Run:
     """A training's checkpoints in its directory, which rank 0 writes and all processes read."""
 
-    def __init__(
-        self, out: str, settings: dict, steps_per_epoch: int, network: nn.Module, optimizer, scaler, ema
-    ):
-        self.out, self.settings, self.steps_per_epoch = Path(out), settings, steps_per_epoch
+    def __init__(self, settings: dict, steps_per_epoch: int, network: nn.Module, optimizer, scaler, ema):
+        self.out, self.settings, self.steps_per_epoch = Path(settings["out"]), settings, steps_per_epoch
         self.network, self.optimizer, self.scaler, self.ema = network, optimizer, scaler, ema
 
     def check_finite(self, step: int, *values: Tensor) -> None:

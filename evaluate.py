@@ -65,8 +65,8 @@ from launch import (
     world_size,
 )
 from model import DeiT, fuse
-from networks import check_class_order, check_sizes, is_imagenet, load_network
-from settings import COUNT, DATA_SETS, DEVICES, PIXELS, PRECISIONS, Parser, Settings, complete
+from networks import check_classes, check_sizes, is_imagenet, load_network
+from settings import COUNT, DEVICES, PIXELS, PRECISIONS, RECIPES, Parser, Settings, complete
 from shapes import SHAPES, draw_shapes
 from train import HEADS, accuracy_line, build_network, build_optimizer, predictions
 
@@ -105,7 +105,7 @@ def class_indices(source: str, network: nn.Module, num_classes: int, names: list
     if numbers and (known is None or is_imagenet(known, num_classes)):
         return [int(name) for name in names]
     if known is None and len(names) == num_classes:
-        check_class_order(source, names, num_classes)
+        check_classes(source, None, names)
         return list(range(num_classes))
     odd = next(name for name in names if name not in (known or ()))
     raise UserError(f"{source} knows {num_classes} other classes; the data set has {odd!r}; see --data")
@@ -464,7 +464,7 @@ def predict(arguments: Namespace) -> None:
 CKPT = dict(metavar="CKPT", help="a checkpoint, an official one's short name, or a torchvision classifier")
 VAL = {
     "checkpoints": CKPT | {"nargs": "+"},
-    "--data": dict(choices=DATA_SETS, help="data set [the one each was trained on]"),
+    "--data": dict(choices=tuple(RECIPES), help="data set [the one each was trained on]"),
     "--data-path": dict(metavar="DIR", help="where it is [where it was in training]"),
     "--val": dict(metavar="DIR", help="instead: DIR/CLASS/*, classes by name or number (ImageNet-V2)"),
 }

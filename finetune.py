@@ -128,7 +128,7 @@ def same_data(given: dict, saved: dict) -> bool:
 
 def finetune_settings(given: dict, saved: dict) -> FinetuneSettings:
     """The flags given, over the recipe, over what `checkpoint_settings` says of the run it starts from."""
-    saved = asdict(Settings()) | RECIPES[saved["data"]] | saved
+    saved = asdict(Settings()) | RECIPES[saved["data"]][0] | saved
     data, same = given.get("data", saved["data"]), same_data(given, saved)
     named = given.get("recipe", "paper" if same and data == "imagenet" else "short")
     about = given.get("trainable", "all") if named == "short" else "resolution" if same else "transfer"
@@ -142,7 +142,9 @@ def finetune_settings(given: dict, saved: dict) -> FinetuneSettings:
     if "epochs" in given:  # the recipe's warm-up is for its own epochs
         recipe.pop("warmup_epochs", None)
 
-    start = RECIPES[data] | {name: saved[name] for name in FROM_CHECKPOINT + (FROM_SAME_DATA if same else ())}
+    start = RECIPES[data][0] | {
+        name: saved[name] for name in FROM_CHECKPOINT + (FROM_SAME_DATA if same else ())
+    }
     start |= {"warmup_epochs": "auto", "teacher_epochs": "auto", "img_size": saved["img_size"]}
     if same:
         start["img_size"] = saved["img_size"] * 3 // 2 // saved["patch_size"] * saved["patch_size"]
@@ -207,7 +209,7 @@ def start_from(
     if saved["classes"] is None:  # the authors' files do not name them, but ImageNet's have one order
         keep_heads = same and len(classes) == saved["num_classes"]
         if keep_heads:
-            networks.check_class_order(s.checkpoint, classes, len(classes))
+            networks.check_classes(s.checkpoint, None, classes)
     if not keep_heads and same and s.recipe == "paper":
         text = f"{s.checkpoint} knows other classes than {s.data_path}"
         raise UserError(f"{text}, and this recipe is too gentle for new heads; use --recipe short")

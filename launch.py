@@ -2,10 +2,8 @@
 
 Devices and precision, the processes that torchrun started and what they tell each other, printing from one
 of them, signals to stop, and mistakes of the user, which end a program with one line and exit code 2.
-A quarter of it is for several processes: what they tell each other, and how they stop together.
 """
 
-import ctypes
 import difflib
 import os
 import signal
@@ -54,10 +52,6 @@ def init(name: str) -> torch.device:
         torch.cuda.set_device(device)
         torch.backends.cudnn.allow_tf32 = False  # --precision fp32 means it, in convolutions too
         torch.backends.cudnn.benchmark = True  # shapes stay the same: the fastest convolution is looked for
-    if name == "cpu" and sys.platform == "linux" and hasattr(c := ctypes.CDLL(None), "mallopt"):
-        # The C library keeps freed memory for the next step, instead of asking the system for it each time.
-        c.mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD: give nothing back to the system
-        c.mallopt(-4, 0)  # M_MMAP_MAX: no separate blocks, which would go back at once
     if world_size() > 1:
         hour = timedelta(hours=1)  # rank 0 may download that long
         backend, device_id = ("nccl", device) if cuda else ("gloo", None)
@@ -151,28 +145,21 @@ class Progress:
     """A line of progress: rewritten twice a second on a terminal, one every 15 seconds in a log."""
 
     def __init__(self, steps: int, batch_size: int):
-        self.steps, self.batch_size, self.first = steps, batch_size, 0
-        self.estimated = False  # how long it will take
+        self.steps, self.batch_size, self.first_step = steps, batch_size, 0
 
     def due(self, step: int) -> bool:
         """Whether to show the line after this step; the first, which may compile, starts the clock."""
-        if not self.first:
-            self.first, self.started = step, time.monotonic()
+        if not self.first_step:
+            self.first_step, self.started = step, time.monotonic()
             self.shown = self.started
         return rank() == 0 and time.monotonic() - self.shown > (0.5 if sys.stdout.isatty() else 15)
 
     def show(self, step: int, text: str) -> None:
         self.shown = time.monotonic()
-        seconds = (self.shown - self.started) / (step - self.first)  # a step
-        left = int(seconds * (self.steps - step))
-        if not self.estimated and self.shown - self.started > 5:
-            slow = left > 2 * 3600 and not torch.cuda.is_available()
-            hint = "; for a quick run without a GPU add --limit 5000 --epochs 10" if slow else ""
-            left_out = "evaluation not counted"
-            print0(f"{self.steps - step} steps will take about {timedelta(seconds=left)}, {left_out}{hint}")
-            self.estimated = True
-        rate = f"{self.batch_size / seconds:.0f} images/s  {timedelta(seconds=left)} left"
-        print0(f"{text}  {rate}", end="" if sys.stdout.isatty() else "\n")
+        seconds = (self.shown - self.started) / (step - self.first_step)  # a step
+        left = timedelta(seconds=int(seconds * (self.steps - step)))
+        rate = f"{self.batch_size / seconds:.0f} images/s"
+        print0(f"{text}  {rate}  {left} left", end="" if sys.stdout.isatty() else "\n")
 
 
 def did_you_mean(word: str, options: Iterable[str]) -> str:
@@ -222,12 +209,6 @@ class StopSignals:
             signal.signal(number, handler)
 
 
-def out_of_memory(error: Exception) -> bool:
-    """Whether an error says so; cuDNN then finds no engine for a convolution."""
-    signs = ("can't allocate memory", "unable to find an engine")
-    return isinstance(error, MemoryError | torch.OutOfMemoryError) or any(s in str(error) for s in signs)
-
-
 def end_program(text: str, code: int) -> NoReturn:
     """Ends the program with a line on standard error, over the line of progress, and an exit code."""
     print0("", end="")
@@ -244,7 +225,6 @@ def run_program(main: Callable[[], None]) -> None:
             time.sleep(0.2)  # gloo's threads let go of their tensors, or torch 2.6 waits for them forever
             dist.destroy_process_group()
     except UserError as error:
-        time.sleep(2 if rank() > 0 else 0)  # rank 0 says what all find, and its end stops the others
         end_program(f"error: {error}", 2)
     except KeyboardInterrupt:
         end_program("error: interrupted", 128 + signal.SIGINT)
@@ -252,6 +232,8 @@ def run_program(main: Callable[[], None]) -> None:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(128 + signal.SIGPIPE)
     except (RuntimeError, MemoryError) as error:
-        if not out_of_memory(error):
+        # A CPU says it one way, cuDNN by finding no engine for a convolution.
+        signs = any(text in str(error) for text in ("can't allocate memory", "unable to find an engine"))
+        if not signs and not isinstance(error, MemoryError | torch.OutOfMemoryError):
             raise
         end_program("error: out of memory; lower --batch-size or raise --accumulate", 2)

@@ -115,10 +115,17 @@ def is_imagenet(classes: list[str] | None, num_classes: int) -> bool:
     return num_classes == 1000 and all(re.fullmatch(r"n\d{8}", name) for name in classes or ())
 
 
-def check_class_order(source: str, names: list[str], num_classes: int) -> None:
-    """Raises UserError if a network of so many nameless classes knows ImageNet's, and these are others."""
-    if num_classes == 1000 and not is_imagenet(names, len(names)):
-        raise UserError(f"{source} knows ImageNet's 1000 classes; the data set has others: {names[0]!r}")
+def check_classes(source: str, known: list[str] | None, classes: list[str]) -> None:
+    """Raises UserError unless a network's classes, None where its file has no names, are a data set's.
+
+    A nameless file of 1000 classes knows ImageNet's, in their one order.
+    """
+    if known is None and len(classes) == 1000 and not is_imagenet(classes, 1000):
+        raise UserError(f"{source} knows ImageNet's 1000 classes; the data set has others: {classes[0]!r}")
+    for n, (there, here) in enumerate(zip(known or classes, classes, strict=False)):
+        if there != here:
+            text = f"{source} was trained on other classes than the student's: class {n} is"
+            raise UserError(f"{text} {there!r} there and {here!r} here")
 
 
 # The paper's teacher, regnety_160-a5fe301d.pth, names its modules otherwise: (its pattern, torchvision's).
@@ -262,8 +269,7 @@ def check_networks(s: Settings) -> None:
 
 def check_sizes(name: str, s: Settings, micro_batch_size: int) -> None:
     """Raises UserError unless a network can be trained at these sizes."""
-    if name in SIZES and s.img_size // s.patch_size > 256:
-        grid = s.img_size // s.patch_size
+    if name in SIZES and (grid := s.img_size // s.patch_size) > 256:
         raise UserError(f"{grid}×{grid} patches are more than 256×256; raise --patch-size")
     with torch.device("meta"):  # where nothing is computed, but shapes that do not fit are found
         if name in SIZES:
@@ -279,13 +285,3 @@ def check_sizes(name: str, s: Settings, micro_batch_size: int) -> None:
             size, reason = s.img_size, (str(error).strip().splitlines() or [""])[0]
             batch = f"batches of {micro_batch_size} images of {size} pixels"
             raise UserError(f"{name} cannot learn from {batch}: {reason}") from error
-
-
-def check_classes(source: str, network: nn.Module, classes: list[str]) -> None:
-    """Raises UserError if a network, whose weights are from `source`, knows other classes than these."""
-    if network.classes is None:
-        check_class_order(source, classes, len(classes))
-    elif network.classes != classes:
-        odd = next(n for n in range(len(classes)) if network.classes[n] != classes[n])
-        names = f"class {odd} is {network.classes[odd]!r} there and {classes[odd]!r} here"
-        raise UserError(f"{source} was trained on other classes than the student's: {names}")

@@ -31,17 +31,6 @@ DISTILLATION = {
     "label": Distillation(teacher=False, token=True),
 }
 TRANSFORMERS = ("tiny", "small", "base")  # the students; every other network is a convnet or torchvision's
-DATA_SETS = (
-    "shapes",
-    "cifar10",
-    "cifar100",
-    "flowers102",
-    "cars",
-    "inat2018",
-    "inat2019",
-    "imagenet",
-    "folder",
-)
 DEVICES = ("auto", "cuda", "mps", "cpu")
 PRECISIONS = ("auto", "fp32", "bf16", "fp16")
 
@@ -76,12 +65,41 @@ def setting(default, allowed, meaning: str, group: str = "", flag: str = ""):
     )
 
 
+# ---- Recipes: what a data set changes in the paper's settings ----
+
+# fmt: off
+CIFAR = dict(img_size=32, patch_size=4, epochs=100, batch_size=256, lr=1e-3, repeats=1)
+PICTURES = dict(img_size=224, epochs=100, batch_size=64, lr=1e-3, repeats=1)
+SHAPES = dict(img_size=24, patch_size=8, epochs=8, batch_size=128, lr=4e-3, repeats=1, warmup_epochs=0.5,
+              drop_path=0.0)
+# Convnets learn by SGD. Teachers have "the same data and same data-augmentation" (section 5.2), but for small
+# images, where a teacher has minutes: too few for the whole of it (results/teachers.md).
+IMAGENET_CONVNET = dict(epochs=300, optimizer="sgd", lr=0.8, min_lr=0.0, weight_decay=5e-5)
+PICTURES_CONVNET = dict(IMAGENET_CONVNET, img_size=224, epochs=30, batch_size=64, repeats=1)
+CIFAR_CONVNET = dict(img_size=32, epochs=30, batch_size=128, optimizer="sgd", lr=0.8, min_lr=0.0,
+                     weight_decay=5e-4, repeats=1, augment="none", mixup=0.0, cutmix=0.0, erasing=0.0)
+SHAPES_CONVNET = dict(img_size=24, epochs=2, batch_size=128, optimizer="sgd", lr=0.1, min_lr=0.0,
+                      weight_decay=5e-5, repeats=1, augment="none", mixup=0.0, cutmix=0.0)
+RECIPES = {  # of a transformer, and of a convnet: a teacher
+    "imagenet": (dict(teacher="regnet_y_16gf", teacher_weights="published"), IMAGENET_CONVNET),
+    "inat2018": (dict(teacher="regnet_y_16gf"), IMAGENET_CONVNET),
+    "inat2019": (dict(teacher="regnet_y_16gf"), IMAGENET_CONVNET),
+    "cifar10": (CIFAR, CIFAR_CONVNET),
+    "cifar100": (CIFAR, CIFAR_CONVNET),
+    "flowers102": (PICTURES, PICTURES_CONVNET),
+    "cars": (PICTURES, PICTURES_CONVNET),
+    "folder": (PICTURES, PICTURES_CONVNET),
+    "shapes": (SHAPES, SHAPES_CONVNET),
+}
+# fmt: on
+
+
 # fmt: off
 @dataclass
 class Settings:
     """The settings of a run. Rates are probabilities; `lr` is for 512 images."""
 
-    data: str = setting("shapes", DATA_SETS, "data set, with its recipe", "what to train on what")
+    data: str = setting("shapes", tuple(RECIPES), "data set, with its recipe", "what to train on what")
     data_path: str = setting("data", str, "where downloads go, or a tree with train/CLASS/* and val/CLASS/*")
     limit: int = setting(0, number(int, 0), "use only so many training and validation images; 0: all")
     model: str = setting("tiny", str, "tiny, small, base, or a teacher's network: any of --teacher")
@@ -153,61 +171,9 @@ class Settings:
 # fmt: on
 
 
-# ---- Recipes: what a data set changes in the paper's settings ----
-
-CIFAR = dict(img_size=32, patch_size=4, epochs=100, batch_size=256, lr=1e-3, repeats=1)
-PICTURES = dict(img_size=224, epochs=100, batch_size=64, lr=1e-3, repeats=1)
-RECIPES = {
-    "imagenet": dict(teacher="regnet_y_16gf", teacher_weights="published"),
-    "inat2018": dict(teacher="regnet_y_16gf"),
-    "inat2019": dict(teacher="regnet_y_16gf"),
-    "cifar10": CIFAR,
-    "cifar100": CIFAR,
-    "folder": PICTURES,
-    "flowers102": PICTURES,
-    "cars": PICTURES,
-    "shapes": dict(img_size=24, patch_size=8, epochs=8, batch_size=128, lr=4e-3, repeats=1,
-                   warmup_epochs=0.5, drop_path=0.0),
-}  # fmt: skip
-
-# The same for convnets, which learn by SGD. Teachers have "the same data and same data-augmentation" (section
-# 5.2), but for small images, where a teacher has minutes: too few for the whole of it (results/teachers.md).
-# fmt: off
-IMAGENET_CONVNET = dict(epochs=300, optimizer="sgd", lr=0.8, min_lr=0.0, weight_decay=5e-5)
-CIFAR_CONVNET = dict(img_size=32, patch_size=4, epochs=30, batch_size=128, repeats=1, optimizer="sgd", lr=0.8,
-                     min_lr=0.0, weight_decay=5e-4, augment="none", mixup=0.0, cutmix=0.0, erasing=0.0)
-PICTURES_CONVNET = dict(img_size=224, epochs=30, batch_size=64, repeats=1, optimizer="sgd", lr=0.8,
-                        min_lr=0.0, weight_decay=5e-5)
-# fmt: on
-CONVNET_RECIPES = {
-    "imagenet": IMAGENET_CONVNET,
-    "inat2018": IMAGENET_CONVNET,
-    "inat2019": IMAGENET_CONVNET,
-    "cifar10": CIFAR_CONVNET,
-    "cifar100": CIFAR_CONVNET,
-    "folder": PICTURES_CONVNET,
-    "flowers102": PICTURES_CONVNET,
-    "cars": PICTURES_CONVNET,
-    "shapes": dict(
-        img_size=24,
-        patch_size=8,
-        epochs=2,
-        batch_size=128,
-        repeats=1,
-        optimizer="sgd",
-        lr=0.1,
-        min_lr=0.0,
-        weight_decay=5e-5,
-        augment="none",
-        mixup=0.0,
-        cutmix=0.0,
-    ),
-}  # fmt: skip
-
-
 def recipe_of(data: str, model: str) -> dict:
     """What training a network on a data set changes in the paper's settings."""
-    return (RECIPES if model in TRANSFORMERS else CONVNET_RECIPES)[data]
+    return RECIPES[data][model not in TRANSFORMERS]
 
 
 def complete(given: dict, recipe: dict | None = None, kind: type = Settings):
@@ -248,6 +214,11 @@ def check(s: Settings) -> None:
 # ---- Flags ----
 
 
+def flag_of(kind: type, name: str) -> str:
+    """The flag of a setting of this class."""
+    return kind.__dataclass_fields__[name].metadata["flag"] or "--" + name.replace("_", "-")
+
+
 class Parser(argparse.ArgumentParser):
     """Mistakes on the command line become the one line that all other mistakes are."""
 
@@ -278,8 +249,9 @@ def build_parser(prog: str, about: str, shown: dict, kind: type = Settings) -> P
             options = {"action": "store_true"}
         elif shown.get(one.name, "") != "":
             text += f" [{shown[one.name]}]"
-        flag = one.metadata["flag"] or "--" + one.name.replace("_", "-")
-        group.add_argument(flag, dest=one.name, default=argparse.SUPPRESS, help=text, **options)
+        group.add_argument(
+            flag_of(kind, one.name), dest=one.name, default=argparse.SUPPRESS, help=text, **options
+        )
     return parser
 
 

@@ -152,7 +152,7 @@ def train(
     optimizer = build_optimizer(network, s)
     scaler = torch.amp.GradScaler(device.type, enabled=s.precision == "fp16")
     used = {"classes": train_set.classes, "teacher_weights": str(teacher.weights) if teacher else ""}
-    run = checkpoint.Run(s.out, asdict(s) | used, per_epoch, network, optimizer, scaler, ema)
+    run = checkpoint.Run(asdict(s) | used, per_epoch, network, optimizer, scaler, ema)
     step, log, loss_so_far = 0, [], 0.0
     if s.resume and checkpoint.holds_run(s.out):
         step, log, loss_so_far = run.load()
@@ -247,21 +247,16 @@ def teacher_settings(s: Settings, train_set: DataSet) -> Settings:
     Its directory stands beside the student's. Its name ends in a hash of all that decides what the teacher
     becomes, so that students of any settings and seeds share one, and other data never do.
     """
-    shared = ["data", "data_path", "limit", "img_size", *(["patch_size"] if s.teacher in SIZES else [])]
-    t = complete(
-        {name: getattr(s, name) for name in shared} | {"model": s.teacher, "epochs": s.teacher_epochs}
-    )
-    decides = {k: v for k, v in asdict(t).items() if k not in checkpoint.ADJUSTABLE | {"precision"}}
-    decides |= {
-        "data": fingerprint(train_set),
-        "path": s.data != "shapes" and str(Path(s.data_path).resolve()),
-    }
-    digest = hashlib.sha256(json.dumps(decides, sort_keys=True).encode()).hexdigest()[:8]
-    t.out = str(Path(s.out).parent / f"teacher-{t.data}-{t.img_size}px-{t.model}-{digest}")
-    t.precision, t.device, t.workers, t.compile = s.precision, s.device, s.workers, s.compile
-    t.accumulate, parts = s.accumulate, world_size() * s.accumulate
+    names = ["data", "data_path", "limit", "img_size", *(["patch_size"] if s.teacher in SIZES else [])]
+    given = {name: getattr(s, name) for name in names} | {"model": s.teacher, "epochs": s.teacher_epochs}
+    deciding = {k: v for k, v in asdict(complete(given)).items() if k not in checkpoint.ADJUSTABLE}
+    deciding |= {"precision": "any", "data": fingerprint(train_set)}
+    deciding |= {"path": s.data != "shapes" and str(Path(s.data_path).resolve())}
+    digest = hashlib.sha256(json.dumps(deciding, sort_keys=True).encode()).hexdigest()[:8]
+    out = Path(s.out).parent / f"teacher-{s.data}-{s.img_size}px-{s.teacher}-{digest}"
+    given |= {name: getattr(s, name) for name in ("precision", "device", "workers", "compile", "accumulate")}
+    t, parts = complete(given | {"out": str(out), "resume": True}), world_size() * s.accumulate
     t.batch_size = max(1, min(t.batch_size, len(train_set)) // parts) * parts
-    t.resume = True
     return t
 
 
@@ -294,18 +289,21 @@ def load_teacher(
     s: Settings, train_set: DataSet, val_set: DataSet, device: torch.device
 ) -> Teacher | RememberedLabels:
     """The teacher in s.teacher_weights, on the device; it is trained first if there are none."""
+    classes = train_set.classes
+    if s.teacher_weights == "published" and not networks.is_imagenet(classes, len(classes)):
+        raise UserError(f"published knows ImageNet's 1000 classes; the data set has others: {classes[0]!r}")
     weights = s.teacher_weights or train_teacher(s, train_set, val_set, device)
 
     def load() -> Teacher:
-        classes, sizes = train_set.classes, dict(img_size=s.img_size, patch_size=s.patch_size)
+        sizes = dict(img_size=s.img_size, patch_size=s.patch_size)
         network = networks.create_teacher(s.teacher, len(classes), weights, **sizes).to(device)
-        networks.check_classes(weights, network, classes)
+        networks.check_classes(weights, network.classes, classes)
         if network.img_size != s.img_size:
             print0(
-                f"the teacher sees the images at its own {network.img_size} pixels; to bring it along first:"
+                f"the teacher sees the images at its own {network.img_size} pixels; for {s.img_size} first:"
             )
             print0(f"  python finetune.py --checkpoint {weights} --img-size {s.img_size} --out OUT")
-            print0("and name OUT/last.pth with --teacher-weights")
+            print0("and then --teacher-weights OUT/last.pth")
         if s.compile:
             network.compile()
         if s.teacher not in SIZES:
