@@ -1,19 +1,12 @@
 """Fine-tuning: higher resolution (sections 3, 4 and 6) and transfer to other pictures (section 5.4).
 
-    python finetune.py                          # the last run of train.py, at about 1.5 times its size
+    python finetune.py --checkpoint runs/shapes-tiny-hard/last.pth       # at about 1.5 times its size
     python finetune.py --checkpoint deit_tiny_distilled --data folder --data-path PICTURES
-    torchrun finetune.py --checkpoint deit_base_distilled --data imagenet --data-path IMAGENET
 
 It is train.py's loop with other starting weights and another recipe; stochastic depth is off, the
-augmentation of training stays.
-
-Higher resolution, of the checkpoint's own data: position embeddings are resized bicubically, and the true
-label and a teacher supervise. The paper's teacher has the new resolution too: fine-tune it first, by this
-program, and name it with --teacher-weights. Otherwise it sees the images at its own size.
-
-Transfer, to other data: new heads where the classes differ. A distillation token learns the true label like
-the class token, unless --distill hard or soft asks for a teacher of the new classes. The authors advise to
-keep the distillation signal; it costs the teacher's training.
+augmentation of training stays. Higher resolution, of the checkpoint's own data: position embeddings are
+resized bicubically, and the true label and a teacher supervise. Transfer, to other data: new heads where the
+classes differ, and a distillation token learns the true label, unless --distill asks for a teacher.
 """
 
 import time
@@ -24,11 +17,12 @@ import torch
 from torch import Tensor, nn
 
 import networks
-from checkpoint import OFFICIAL, holds_run, read_checkpoint, resumed_settings
+import settings
+from checkpoint import OFFICIAL, holds_run, resumed_settings
 from data import DataSet, load_data, open_split
 from launch import UserError, init, print0, run_program, user_errors
 from model import SIZES, DeiT, check_fit, load_weights
-from settings import DISTILLATION, RECIPES, Parser, Settings, build_parser, check, complete, setting
+from settings import Parser, Settings, build_parser, check, complete, flag_of, setting
 from train import accuracy_line, build_network, evaluate, introduce, load_teacher, report, train
 
 # What --train lets learn: parameters with one of these in their names. With the attention go the position
@@ -51,44 +45,32 @@ class FinetuneSettings(Settings):
 ADAMW = dict(optimizer="adamw", lr=5e-4, weight_decay=1e-8)
 SGD = dict(optimizer="sgd", lr=0.01, weight_decay=1e-4)
 CONVNET = dict(optimizer="sgd", lr=0.1, min_lr=0.0, weight_decay=5e-5, warmup_epochs=0.0)
-RESOLUTION = dict(
-    ADAMW, epochs=30, drop_path=0.0, img_size=384, batch_size=512, lr=5e-6, min_lr=5e-6, warmup_epochs=5.0
-)
-TRANSFER = dict(SGD, epochs=1000, drop_path=0.0, batch_size=768, erasing=0.0, repeats=3)
-FINETUNING = {
-    "short, all": dict(ADAMW, epochs=30, drop_path=0.0),
-    # Fewer weights want larger steps: results/head.md has how these were chosen.
-    "short, head": dict(ADAMW, epochs=30, drop_path=0.0, lr=0.05),
-    "short, attention": dict(ADAMW, epochs=30, drop_path=0.0, lr=5e-3),
-    "short, convnet": dict(CONVNET, epochs=30, drop_path=0.0),
-    # The authors' own, for ImageNet at 384 (section 6), at a constant learning rate, and for CIFAR and Cars
-    "paper, resolution": RESOLUTION,
-    "paper, transfer": TRANSFER,
-    "paper, resolution, convnet": RESOLUTION | CONVNET,
-    "paper, transfer, convnet": TRANSFER | CONVNET,
+SHORT = dict(ADAMW, epochs=30, drop_path=0.0)
+# The authors' own, for ImageNet at 384 (section 6), at a constant learning rate, and for CIFAR and Cars
+RESOLUTION = dict(SHORT, img_size=384, batch_size=512, lr=5e-6, min_lr=5e-6, warmup_epochs=5.0)
+TRANSFER = dict(SGD, epochs=1000, batch_size=768, drop_path=0.0, erasing=0.0, repeats=3)
+RECIPES = {  # by --recipe, and by what learns or what for
+    "short all": SHORT,
+    "short head": dict(SHORT, lr=0.05),  # fewer weights want larger steps (results/head.md)
+    "short attention": dict(SHORT, lr=5e-3),
+    "short convnet": dict(SHORT, **CONVNET),
+    "paper resolution": RESOLUTION,
+    "paper transfer": TRANSFER,
+    "paper resolution convnet": RESOLUTION | CONVNET,
+    "paper transfer convnet": TRANSFER | CONVNET,
 }
 
 # What a fine-tuned network has from the run it starts from, and what only on that run's own data
-FROM_CHECKPOINT = (
-    "model",
-    "patch_size",
-    "depth",
-    "augment",
-    "mixup",
-    "cutmix",
-    "erasing",
-    "repeats",
-    "smoothing",
-)
-FROM_SAME_DATA = ("distill", "no_distill_token", "teacher", "teacher_weights", "tau", "lam", "limit")
+KEPT = ("model", "patch_size", "depth", "augment", "mixup", "cutmix", "erasing", "repeats", "smoothing")
+KEPT_ON_ITS_DATA = ("distill", "no_distill_token", "teacher", "teacher_weights", "tau", "lam", "limit")
 
-ABOUT = """Fine-tunes a trained network: at a higher resolution, or on other pictures, such as
-python finetune.py --checkpoint deit_tiny_distilled --data folder --data-path PICTURES
+ABOUT = """Fine-tunes a trained network, at a higher resolution or on other pictures, such as
+  python finetune.py --checkpoint deit_tiny_distilled --data folder --data-path PICTURES
 
 [Values in brackets] are --recipe short's. --recipe paper is, on the checkpoint's own data, {};
 on other data, {}."""
-SHOWN = asdict(Settings()) | FINETUNING["short, all"]
-SHOWN |= dict.fromkeys(("data", "data_path", *FROM_CHECKPOINT, *FROM_SAME_DATA), "the checkpoint's")
+SHOWN = asdict(Settings()) | SHORT
+SHOWN |= dict.fromkeys(("data", "data_path", *KEPT, *KEPT_ON_ITS_DATA), "the checkpoint's")
 SHOWN |= {
     "img_size": "the checkpoint's; on the checkpoint's own data 1.5 times that, in whole patches",
     "repeats": "the checkpoint's; 1 for other data",
@@ -96,7 +78,6 @@ SHOWN |= {
     "epochs": "30; 2 for shapes",
     "lr": "0.0005; 0.05 for --train head, 0.005 for --train attention",
     "batch_size": "as in train.py",
-    "checkpoint": "the newest run of train.py below runs/",
     "recipe": "paper on ImageNet's own classes, else short",
     "trainable": "all",
 }
@@ -108,17 +89,6 @@ def finetune_parser() -> Parser:
     return build_parser("finetune.py", ABOUT.format(*listed), SHOWN, FinetuneSettings)
 
 
-def last_run() -> str:
-    """The newest run of train.py below runs/ that trained a transformer."""
-    found = sorted(Path("runs").glob("*/last.pth"), key=lambda path: path.stat().st_mtime, reverse=True)
-    for path in found:
-        settings = networks.checkpoint_settings(read_checkpoint(path))
-        teacher = path.parent.name.startswith("teacher-")
-        if settings.get("model") in SIZES and "checkpoint" not in settings and not teacher:
-            return str(path)
-    raise UserError("no run below runs/; make one with: python train.py --model tiny --distill hard")
-
-
 def same_data(given: dict, saved: dict) -> bool:
     """Whether the data is what the checkpoint was trained on; a folder is told by its path."""
     paths = (given.get("data_path", saved["data_path"]), saved["data_path"])
@@ -128,41 +98,45 @@ def same_data(given: dict, saved: dict) -> bool:
 
 def finetune_settings(given: dict, saved: dict) -> FinetuneSettings:
     """The flags given, over the recipe, over what `checkpoint_settings` says of the run it starts from."""
-    saved = asdict(Settings()) | RECIPES[saved["data"]][0] | saved
+    saved = asdict(Settings()) | settings.RECIPES[saved["data"]][0] | saved
     data, same = given.get("data", saved["data"]), same_data(given, saved)
-    named = given.get("recipe", "paper" if same and data == "imagenet" else "short")
-    about = given.get("trainable", "all") if named == "short" else "resolution" if same else "transfer"
-    if saved["model"] not in SIZES:
-        about = "convnet" if named == "short" else f"{about}, convnet"
-    recipe = dict(FINETUNING[f"{named}, {about}"])
+    name = given.get("recipe", "paper" if same and data == "imagenet" else "short")
+    convnet, what = saved["model"] not in SIZES, "resolution" if same else "transfer"
+    kind = (
+        what + " convnet" * convnet
+        if name == "paper"
+        else "convnet"
+        if convnet
+        else given.get("trainable", "all")
+    )
+    recipe = dict(RECIPES[f"{name} {kind}"])
     if given.get("optimizer", recipe["optimizer"]) != recipe["optimizer"]:
         recipe |= ADAMW if given["optimizer"] == "adamw" else SGD
-    if named == "short" and data == "shapes":
+    if name == "short" and data == "shapes":
         recipe["epochs"] = 2
     if "epochs" in given:  # the recipe's warm-up is for its own epochs
-        recipe.pop("warmup_epochs", None)
+        recipe["warmup_epochs"] = "auto"
 
-    start = RECIPES[data][0] | {
-        name: saved[name] for name in FROM_CHECKPOINT + (FROM_SAME_DATA if same else ())
+    start = settings.RECIPES[data][0] | {
+        name: saved[name] for name in KEPT + (KEPT_ON_ITS_DATA if same else ())
     }
-    start |= {"warmup_epochs": "auto", "teacher_epochs": "auto", "img_size": saved["img_size"]}
+    start |= {"warmup_epochs": "auto", "teacher_epochs": "auto", "img_size": saved["img_size"], "data": data}
+    start["data_path"] = saved["data_path"] if data == saved["data"] else Settings.data_path
     if same:
         start["img_size"] = saved["img_size"] * 3 // 2 // saved["patch_size"] * saved["patch_size"]
         start["no_distill_token"] &= "distill" not in given
         if given.get("teacher", saved["teacher"]) != saved["teacher"]:
             start["teacher_weights"] = ""
     else:
-        second = DISTILLATION[saved["distill"]].token and not saved["no_distill_token"]
+        second = settings.DISTILLATION[saved["distill"]].token and not saved["no_distill_token"]
         start["distill"] = "label" if second else "none"
         start["repeats"] = 1  # an epoch shows each picture; the paper's recipe has its own
-    start |= {"data": data, "data_path": saved["data_path"] if data == saved["data"] else Settings.data_path}
-    s = complete(given, start | recipe | {"recipe": named}, FinetuneSettings)
+    s = complete(given, start | recipe | {"recipe": name}, FinetuneSettings)
     for name in ("model", "patch_size", "depth"):
         if getattr(s, name) != saved[name]:
-            flag = "--" + name.replace("_", "-")
-            text = f"{s.checkpoint} has {flag} {saved[name]}, not {getattr(s, name)}; fine-tuning keeps it"
-            raise UserError(text)
-    if s.trainable != "all" and s.model not in SIZES:
+            text = f"{s.checkpoint} has {flag_of(Settings, name)} {saved[name]}, not {getattr(s, name)}"
+            raise UserError(f"{text}; fine-tuning keeps it")
+    if s.trainable != "all" and convnet:
         raise UserError(f"--train {s.trainable} is about transformers; a {s.model} learns as a whole")
     s.out = given.get("out") or f"runs/{data}-{s.model}-{s.distill}-{s.img_size}px"
     return s
@@ -230,7 +204,8 @@ def main() -> None:
     given = vars(finetune_parser().parse_args())
     s = resumed_settings(given, given["out"], FinetuneSettings) if "out" in given else None
     if s is None:
-        given["checkpoint"] = given.get("checkpoint") or last_run()
+        if "checkpoint" not in given:
+            raise UserError("name the network to start from with --checkpoint, such as a run's last.pth")
         s = finetune_settings(given, networks.load_network(given["checkpoint"])[1])
         s = resumed_settings(given, s.out, FinetuneSettings) or s
     check(s)

@@ -1166,9 +1166,12 @@ def test_a_teacher_or_a_published_convnet_is_fine_tuned_by_the_same_program(tmp_
     monkeypatch.chdir(tmp_path)
     words = QUICK | {"epochs": 1, "distill": "hard", "teacher": "resnet18", "teacher_epochs": 1}
     assert run_train(monkeypatch, *flags(words)) == 0
-    told = output(run_finetune, *flags({"epochs": 1, "batch_size": 16, "out": "low"}))
+    told = output(
+        run_finetune,
+        *flags({"checkpoint": "runs/shapes-tiny-hard", "epochs": 1, "batch_size": 16, "out": "low"}),
+    )
     (low,) = Path("runs").glob("teacher-shapes-16px-resnet18-*")
-    assert "the teacher sees the images at its own 16 pixels; to bring it along first:" in told
+    assert "the teacher sees the images at its own 16 pixels; to bring it along:" in told
     assert f"  python finetune.py --checkpoint {low}/last.pth --img-size 24 --out OUT" in told
     words = {"img_size": 24, "epochs": 1, "limit": 55, "batch_size": 16}
     output(run_finetune, *flags(words | {"checkpoint": low / "last.pth", "out": "high"}))
@@ -1177,6 +1180,7 @@ def test_a_teacher_or_a_published_convnet_is_fine_tuned_by_the_same_program(tmp_
     words |= {"checkpoint": "resnet18", "data": "shapes", "out": "own"}
     assert "resnet18: new heads for 10 classes" in output(run_finetune, *flags(words))
     words = {"teacher_weights": "high/last.pth", "batch_size": 16, "epochs": 1, "out": "tuned"}
+    words["checkpoint"] = "runs/shapes-tiny-hard"
     assert "sees the images at its own" not in output(run_finetune, *flags(words))
     assert saved("tuned")["settings"]["teacher_weights"] == "high/last.pth"
     before, after = (saved(out)["model"]["conv1.weight"] for out in (low, "high"))
@@ -1241,6 +1245,7 @@ def test_what_is_frozen_stays_to_the_last_bit(tmp_path, monkeypatch, trained, pa
     monkeypatch.chdir(tmp_path)
     assert run_train(monkeypatch, *flags(QUICK | {"epochs": 1, "distill": "label"})) == 0
     words = PLAIN | {"img_size": 16, "epochs": 2, "batch_size": 16, "train": trained, "optimizer": optimizer}
+    words["checkpoint"] = "runs/shapes-tiny-label"
     assert run_finetune(monkeypatch, *flags(words | {"ema": 0.9, "lr": lr, "out": "tuned"})) == 0
     before, tuned = saved("runs/shapes-tiny-label")["model"], saved("tuned")
     for after in (tuned["model"], tuned["ema"]):
@@ -1946,6 +1951,7 @@ def test_a_fine_tuning_that_is_killed_needs_nothing_but_its_directory(tmp_path, 
     monkeypatch.chdir(tmp_path)
     output(run_train, *flags(QUICK | {"distill": "label", "out": "runs/first"}))
     words = {"img_size": 24, "epochs": 2, "batch_size": 16, "train": "head", "save_every": 1, "device": "cpu"}
+    words["checkpoint"] = "runs/first"
     again = ["--out", "runs/tuned", "--resume"]
     assert forked(flags(words | {"out": "whole"}), None, finetune.main) == 0
     for step, command in ((1, flags(words | {"out": "runs/tuned"})), (3, again)):
@@ -2254,7 +2260,7 @@ TUNING_MISTAKES = {
 
 def test_mistakes_of_fine_tuning_end_with_one_line_and_exit_code_2(tmp_path, monkeypatch, output):
     monkeypatch.chdir(tmp_path)
-    assert "make one with: python train.py --model tiny --distill hard" in output(run_finetune, code=2)
+    assert "name the network to start from with --checkpoint" in output(run_finetune, code=2)
     output(run_train, *flags(QUICK | {"epochs": 1, "out": "runs/run"}))
     torch.save({"fc.weight": torch.zeros(1)}, "plain.pth")
     known = {"model": "resnet18", "classes": list("abcdefghij"), "data": "shapes", "data_path": "data"}
@@ -2262,7 +2268,10 @@ def test_mistakes_of_fine_tuning_end_with_one_line_and_exit_code_2(tmp_path, mon
     state = networks.create_convnet("resnet18", 10, 32).state_dict()
     torch.save({"model": state, "settings": known}, "convnet.pth")
     for words, message in TUNING_MISTAKES.items():
-        assert message in output(run_finetune, *words.split(), "--device", "cpu", code=2)
+        start = (
+            [] if "--checkpoint" in words or "--resume" in words else ["--checkpoint", "runs/run/last.pth"]
+        )
+        assert message in output(run_finetune, *words.split(), *start, "--device", "cpu", code=2)
 
 
 def test_a_run_is_not_resumed_on_other_data(tmp_path, output):

@@ -299,9 +299,7 @@ def load_teacher(
         network = networks.create_teacher(s.teacher, len(classes), weights, **sizes).to(device)
         networks.check_classes(weights, network.classes, classes)
         if network.img_size != s.img_size:
-            print0(
-                f"the teacher sees the images at its own {network.img_size} pixels; for {s.img_size} first:"
-            )
+            print0(f"the teacher sees the images at its own {network.img_size} pixels; to bring it along:")
             print0(f"  python finetune.py --checkpoint {weights} --img-size {s.img_size} --out OUT")
             print0("and then --teacher-weights OUT/last.pth")
         if s.compile:
