@@ -213,12 +213,12 @@ def main() -> None:
     device = init(s.device)
     train_set, val_set = load_data(s, device)
     network = build_network(s, len(train_set.classes))
+    for name, parameter in network.named_parameters():
+        parameter.requires_grad_(any(part in name for part in TRAINED[s.trainable]))
     introduce(s, network, train_set, val_set, device)
     teacher = load_teacher(s, train_set, val_set, device) if s.needs_teacher else None
     if not (s.resume and holds_run(s.out)):
         start_from(s, network, train_set, val_set, device)
-    for name, parameter in network.named_parameters():
-        parameter.requires_grad_(any(part in name for part in TRAINED[s.trainable]))
     accuracy = train(network, s, train_set, val_set, device, teacher)
     report(s, accuracy, started)
 

@@ -1171,8 +1171,7 @@ def test_a_teacher_or_a_published_convnet_is_fine_tuned_by_the_same_program(tmp_
         *flags({"checkpoint": "runs/shapes-tiny-hard", "epochs": 1, "batch_size": 16, "out": "low"}),
     )
     (low,) = Path("runs").glob("teacher-shapes-16px-resnet18-*")
-    assert "the teacher sees the images at its own 16 pixels; to bring it along:" in told
-    assert f"  python finetune.py --checkpoint {low}/last.pth --img-size 24 --out OUT" in told
+    assert "the teacher sees the images at its own 16 pixels" in told
     words = {"img_size": 24, "epochs": 1, "limit": 55, "batch_size": 16}
     output(run_finetune, *flags(words | {"checkpoint": low / "last.pth", "out": "high"}))
     torch.save(networks.create_convnet("resnet18", 1000, 224).state_dict(), "published.pth")

@@ -298,10 +298,8 @@ def load_teacher(
         sizes = dict(img_size=s.img_size, patch_size=s.patch_size)
         network = networks.create_teacher(s.teacher, len(classes), weights, **sizes).to(device)
         networks.check_classes(weights, network.classes, classes)
-        if network.img_size != s.img_size:
-            print0(f"the teacher sees the images at its own {network.img_size} pixels; to bring it along:")
-            print0(f"  python finetune.py --checkpoint {weights} --img-size {s.img_size} --out OUT")
-            print0("and then --teacher-weights OUT/last.pth")
+        if network.img_size != s.img_size:  # docs/finetune.md has how to bring it along
+            print0(f"the teacher sees the images at its own {network.img_size} pixels")
         if s.compile:
             network.compile()
         if s.teacher not in SIZES:
@@ -329,8 +327,12 @@ def introduce(
     print0(f"  {', '.join(names[:10])}{f' and {len(names) - 10} more' if len(names) > 10 else ''}")
     describe(s)
     size, peak = sum(p.numel() for p in network.parameters()), s.lr * s.batch_size / 512
-    steps = s.epochs * steps_per_epoch(train_set, s)
-    print0(f"{size:,} parameters, {steps} steps, learning rate {peak:.3g}; the run is in {s.out}")
+    per_epoch = steps_per_epoch(train_set, s)
+    print0(
+        f"{size:,} parameters, {s.epochs * per_epoch} steps, learning rate {peak:.3g}; the run is in {s.out}"
+    )
+    if per_epoch < 10 and all(p.requires_grad for p in network.parameters()):  # not of the heads alone
+        print0(f"an epoch has only {per_epoch} steps: of so few images a smaller --batch-size learns more")
     if not checkpoint.holds_run(s.out):
         checkpoint.save_settings(s)
 
@@ -354,7 +356,7 @@ recipes, which RECIPES in settings.py shows; --data imagenet has the paper's."""
 
 
 def train_parser() -> Parser:
-    """The flags of this program."""
+    """The flags, and their values for bare `python train.py`."""
     return build_parser("train.py", ABOUT, asdict(complete({})) | {"precision": "auto"})
 
 
