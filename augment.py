@@ -7,7 +7,7 @@ The file follows that path; `Augment` near its end is the whole of it. Everythin
 the batch's device, image by image what Pillow does. Random choices are drawn on the CPU from the generator
 passed in, so that they are the same on every device and no step waits for the GPU.
 
-    python evaluate.py augmentations --out augmentations.png      draws every operation below
+    python evaluate.py augmentations --all --out augmentations.png      draws every operation below
 """
 
 import functools
@@ -47,11 +47,10 @@ def to_device(values: Tensor, device: torch.device) -> Tensor:
     return values.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else values.to(device)
 
 
-def cubic_taps(offset: Tensor, a: float = -1.0) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Weights of the four neighbors at -1, 0, 1, 2 for a point `offset` (0..1) to the right of neighbor 0.
+def cubic_weights(offset: Tensor, a: float = -1.0) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Weights of the neighbors at -1, 0, 1 and 2 for a point at `offset` (0..1): they sum to 1.
 
-    Keys' cubic kernel (1981), whose four weights sum to 1, in factored form. Pillow's Image.transform has
-    a = -1, where its resize has a = -0.5 and torch a = -0.75.
+    Keys' cubic kernel (1981). Pillow's Image.transform has a = -1, its resize a = -0.5, and torch a = -0.75.
     """
     rest = 1 - offset
     outer = a * offset * rest
@@ -105,7 +104,7 @@ def resize_lines(lines: Tensor, start: Tensor, length: Tensor, size: int) -> Ten
     centers = start + (torch.arange(size, device=device)[:, None] + 0.5) * scale
     index = (centers - 2 * reach).floor() + torch.arange(taps, device=device)  # (B, size, taps)
     distance = ((index + 0.5 - centers) / reach).abs()
-    far, near, _, _ = cubic_taps(torch.where(distance < 1, distance, distance - 1).clamp(max=1), a=-0.5)
+    far, near, _, _ = cubic_weights(torch.where(distance < 1, distance, distance - 1).clamp(max=1), a=-0.5)
     weights = torch.where(distance < 1, near, far) * ((index >= start) & (index < start + length))
     weights = weights / weights.sum(dim=2, keepdim=True)
     # A line of the result is a weighted sum of `taps` lines of the image: a bag of embeddings. On a CPU
@@ -170,28 +169,26 @@ def random_flip(images: Tensor, generator: Generator) -> Tensor:
     return flipped * images.flip(3) + ~flipped * images  # torch.where is slower on uint8
 
 
-# ---- Operations: (images uint8 (n, 3, H, W), argument float (n,)) -> uint8 (n, 3, H, W) ----
+# ---- Operations: uint8 (n, 3, H, W) and an argument float (n,) for each image -> uint8 (n, 3, H, W) ----
+# The fifteen operations are of four kinds: `look_up` (a table of 256 levels), `blend` (with another image),
+# `shift_rows` (or columns) and `rotate`. An operation is a kind and what this kind needs besides the images.
 
 
-class Operation(NamedTuple):
-    """A function of (images, argument): it gives change(images, prepare(images, argument), argument)."""
-
-    change: Callable[[Tensor, Tensor, Tensor], Tensor]
-    prepare: Callable[[Tensor, Tensor], Tensor]
-    axis: int = 2  # 3: does to columns what it would do to rows
-
-    def __call__(self, images: Tensor, argument: Tensor) -> Tensor:
-        return apply_each([self], [images], [argument.float()])[0]
+def look_up(images: Tensor, tables: Tensor) -> Tensor:
+    """Replaces each value by its entry in the table of its image and channel; tables float (n, 3, 256)."""
+    return tables.clamp(0, 255).to(torch.uint8).gather(2, images.flatten(2).long()).view_as(images)
 
 
-def look_up(images: Tensor, table: Tensor, argument: Tensor) -> Tensor:
-    """Replaces each value by its entry in a table float (n, 3, 256) of its own image and channel."""
-    return table.clamp(0, 255).to(torch.uint8).gather(2, images.flatten(2).long()).view_as(images)
+def by_level(function: Callable[[Tensor, Tensor], Tensor]) -> Callable[[Tensor, Tensor], list[Tensor]]:
+    """The inputs of `look_up` for a function of (level, argument), the same for all channels."""
+    return lambda images, argument: [
+        function(constant(LEVELS, images.device), argument.view(-1, 1, 1)).expand(len(images), 3, 256)
+    ]
 
 
-def autocontrast(images: Tensor, argument: Tensor) -> Tensor:
-    """Stretches each channel to 0..255; a channel of one value stays as it is."""
-    # float64 because Pillow's truncation to whole levels depends on the last bit; mps has none
+def autocontrast(images: Tensor) -> Tensor:
+    """Tables that stretch each channel to 0..255; a channel of one value stays as it is."""
+    # float64, which mps lacks, because Pillow's truncation to whole levels depends on the last bit
     dtype = torch.float32 if images.device.type == "mps" else torch.float64
     low, high = torch.stack(images.flatten(2).aminmax(dim=2, keepdim=True)).to(dtype)
     levels = constant(LEVELS, images.device)
@@ -199,8 +196,8 @@ def autocontrast(images: Tensor, argument: Tensor) -> Tensor:
     return torch.where(high > low, levels * scale - low * scale, levels).trunc().float()
 
 
-def equalize(images: Tensor, argument: Tensor) -> Tensor:
-    """Makes each channel's histogram as flat as whole levels allow."""
+def equalize(images: Tensor) -> Tensor:
+    """Tables that make each channel's histogram as flat as whole levels allow."""
     values = images.flatten(2).long()
     counts = torch.zeros(*values.shape[:2], 256, dtype=torch.int32, device=images.device)
     counts.scatter_add_(2, values, torch.ones((), dtype=torch.int32, device=images.device).expand_as(values))
@@ -209,33 +206,26 @@ def equalize(images: Tensor, argument: Tensor) -> Tensor:
     return torch.where(step > 0, flat, constant(LEVELS, images.device))
 
 
-def table(function: Callable[[Tensor, Tensor], Tensor]) -> Callable[[Tensor, Tensor], Tensor]:
-    """The table of a function of single values: what it makes of each level."""
-    return lambda images, argument: function(
-        constant(LEVELS, images.device).expand(len(images), 3, 256), argument.view(-1, 1, 1)
-    )
+def blend(images: Tensor, others: Tensor, factor: Tensor) -> Tensor:
+    """Pillow's Image.blend: factor 0 gives the others, 1 the images, above 1 goes beyond them."""
+    return (others + factor.view(-1, 1, 1, 1) * (images - others)).clamp_(0, 255).to(torch.uint8)
 
 
-def blend(images: Tensor, degenerate: Tensor, factor: Tensor) -> Tensor:
-    """Pillow's Image.blend: factor 0 gives `degenerate`, 1 the images, above 1 goes beyond them."""
-    return (degenerate + factor.view(-1, 1, 1, 1) * (images - degenerate)).clamp_(0, 255).to(torch.uint8)
-
-
-def grayscale(images: Tensor, factor: Tensor) -> Tensor:
-    """Color: factor 0 is gray, the luma in Pillow's fixed-point arithmetic."""
+def grayscale(images: Tensor) -> Tensor:
+    """For Color: the images in gray, as Pillow's fixed-point arithmetic computes the luma."""
     weighted = images * constant((19595, 38470, 7471), images.device).view(3, 1, 1)
     return (weighted.sum(dim=1, keepdim=True) + 32768 >> 16).float().expand_as(images)
 
 
-def mean_luma(images: Tensor, factor: Tensor) -> Tensor:
-    """Contrast: factor 0 is the image's mean luma everywhere, rounded to a whole level."""
-    pixels = images[0, 0].numel()
-    total = grayscale(images, factor)[:, :1].sum(dim=(2, 3), keepdim=True, dtype=torch.int64)
+def mean_luma(images: Tensor) -> Tensor:
+    """For Contrast: each image's mean luma everywhere, rounded to a whole level."""
+    pixels = images.shape[2] * images.shape[3]
+    total = grayscale(images)[:, :1].sum(dim=(2, 3), keepdim=True, dtype=torch.int64)
     return ((2 * total + pixels) // (2 * pixels)).float().expand_as(images)
 
 
-def smooth(images: Tensor, factor: Tensor) -> Tensor:
-    """Sharpness: factor 0 is smoothed by (1 1 1; 1 5 1; 1 1 1)/13, its outermost pixels left as they are."""
+def smooth(images: Tensor) -> Tensor:
+    """For Sharpness: the images filtered by (1 1 1; 1 5 1; 1 1 1)/13, their outermost pixels unchanged."""
     smoothed = images.float()
     rows = smoothed[:, :, :-2] + smoothed[:, :, 1:-1] + smoothed[:, :, 2:]
     center = smoothed[:, :, 1:-1, 1:-1]
@@ -244,37 +234,29 @@ def smooth(images: Tensor, factor: Tensor) -> Tensor:
 
 
 def fill_outside(sampled: Tensor, inside: Tensor) -> Tensor:
-    """Whole levels where the source point lies in the image, the fill color elsewhere."""
-    # Four float32 weights may sum to a hair less than 1; cut to whole levels, flat areas would darken by one.
+    """The sampled values as uint8 where the source point lies in the image, the fill color elsewhere."""
+    # Four float32 weights may sum to slightly less than 1; truncated, a flat area would be one level darker.
     filled = torch.where(inside, sampled.add_(1e-3), constant(FILL, sampled.device).view(3, 1, 1))
     return filled.clamp_(0, 255).to(torch.uint8)
 
 
-def shift_rows(images: Tensor, shift: Tensor, argument: Tensor) -> Tensor:
-    """Pixel x of row y becomes the one at x + shift[y], interpolated; shift float (n, H)."""
-    width, device, shift = images.shape[3], images.device, shift[:, None, :, None]
+def shift_rows(images: Tensor, slope: Tensor, offset: Tensor) -> Tensor:
+    """Pixel (x, y) becomes the one at (x + slope·y + offset·width, y), by cubic interpolation."""
+    (height, width), device = images.shape[2:], images.device
+    shift = slope[:, None] * torch.arange(0.5, height, device=device) + offset[:, None] * width
+    shift = shift[:, None, :, None]  # (n, 1, H, 1)
     whole = shift.floor()
     columns = torch.arange(-1, width + 2, device=device) + whole.long()  # (n, 1, H, W + 3)
     source = images.gather(3, columns.clamp_(0, width - 1).expand(-1, 3, -1, -1)).float()
     sampled = torch.zeros(images.shape, device=device)
-    for k, tap in enumerate(cubic_taps(shift - whole)):
-        sampled.addcmul_(tap, source[..., k : k + width])
+    for k, weight in enumerate(cubic_weights(shift - whole)):
+        sampled.addcmul_(weight, source[..., k : k + width])
     centers = torch.arange(0.5, width, device=device) + shift
     return fill_outside(sampled, (centers >= 0) & (centers < width))
 
 
-def shear(images: Tensor, share: Tensor) -> Tensor:
-    """Shifts each row by `share` of its distance from the top."""
-    return share[:, None] * torch.arange(0.5, images.shape[2], device=images.device)
-
-
-def translate(images: Tensor, share: Tensor) -> Tensor:
-    """Moves the content left by `share` of the width."""
-    return (share * images.shape[3])[:, None].expand(-1, images.shape[2])
-
-
-def rotate(images: Tensor, angle: Tensor, argument: Tensor) -> Tensor:
-    """Turns the content counter-clockwise about the center by angle float (n,), by bicubic interpolation."""
+def rotate(images: Tensor, angle: Tensor) -> Tensor:
+    """Turns counter-clockwise about the center by angle float (n,), in radians, by bicubic interpolation."""
     (height, width), device = images.shape[2:], images.device
     cos, sin = angle.cos().view(-1, 1, 1), angle.sin().view(-1, 1, 1)
     x = torch.arange(0.5 - width / 2, width / 2, device=device)  # pixel centers, from the image's center
@@ -283,68 +265,93 @@ def rotate(images: Tensor, angle: Tensor, argument: Tensor) -> Tensor:
     sides, last = constant(((width, height), (width - 1, height - 1)), device).view(2, 2, 1, 1, 1)
     inside = ((source >= 0) & (source < sides)).all(dim=0)[:, None]
     first = (source - 0.5).floor()
-    taps_x, taps_y = torch.stack(cubic_taps(source - 0.5 - first), dim=2).unbind()  # (n, 4, H, W)
+    weights_x, weights_y = torch.stack(cubic_weights(source - 0.5 - first), dim=2).unbind()  # (n, 4, H, W)
     neighbors = first.long()[:, :, None] + torch.arange(-1, 3, device=device).view(4, 1, 1)
     columns, rows = torch.minimum(neighbors.clamp_(min=0), last[:, None]).unbind()  # (n, 4, H, W)
     pixels = images.flatten(2).float()
-    lines = torch.zeros(len(images), 3, 4, height, width, device=device)  # the 4 columns, each of 4 rows
-    for row, tap in zip((rows * width).split(1, dim=1), taps_y.unbind(1), strict=True):
+    # Each pixel's 4 × 4 neighbors: summed over the 4 rows in each of the 4 columns, then over the columns
+    sums = torch.zeros(len(images), 3, 4, height, width, device=device)
+    for row, weight in zip((rows * width).split(1, dim=1), weights_y.unbind(1), strict=True):
         index = (row + columns).flatten(1)[:, None].expand(-1, 3, -1)
-        lines.addcmul_(tap[:, None, None], pixels.gather(2, index).view_as(lines))
-    return fill_outside((lines * taps_x[:, None]).sum(dim=2), inside)
+        sums.addcmul_(weight[:, None, None], pixels.gather(2, index).view_as(sums))
+    return fill_outside((sums * weights_x[:, None]).sum(dim=2), inside)
 
 
-def apply_each(operations: list[Operation], groups: list[Tensor], arguments: list[Tensor]) -> list[Tensor]:
-    """Applies each operation to a group of images of its own."""
-    changes, results = {}, list(groups)
-    for i, (operation, images, argument) in enumerate(zip(operations, groups, arguments, strict=True)):
-        if len(images):
-            images = images.transpose(2, operation.axis)
-            member = i, images, operation.prepare(images, argument), argument
-            changes.setdefault((operation.change, images.shape[1:]), []).append(member)
-    # A change is made once for all its operations: a GPU changes a few images in less time than a call takes.
-    for (change, _), members in changes.items():
-        numbers, *parts = zip(*members, strict=True)
-        changed = change(*map(torch.cat, parts)).split([len(images) for images in parts[0]])
-        for i, images in zip(numbers, changed, strict=True):
-            results[i] = images.transpose(2, operations[i].axis)
-    return results
+class Operation(NamedTuple):
+    """A function of (images, argument): its kind, applied to the images and what it needs besides them."""
+
+    kind: Callable[..., Tensor]
+    inputs: Callable[[Tensor, Tensor], list[Tensor]]  # (images, argument) -> what the kind needs
+    transposed: bool = False  # does to columns what it would do to rows
+
+    def __call__(self, images: Tensor, argument: Tensor) -> Tensor:
+        images = images.mT if self.transposed else images
+        changed = self.kind(images, *self.inputs(images, argument.float()))
+        return changed.mT if self.transposed else changed
 
 
 OPERATIONS: dict[str, Operation] = {
-    "AutoContrast": Operation(look_up, autocontrast),
-    "Equalize": Operation(look_up, equalize),
-    "Invert": Operation(look_up, table(lambda v, _: 255 - v)),
-    "Rotate": Operation(rotate, lambda images, degrees: torch.deg2rad(degrees)),
-    "Posterize": Operation(look_up, table(lambda v, bits: v - v % 2 ** (8 - bits.int()))),  # 0 bits is black
-    "Solarize": Operation(look_up, table(lambda v, threshold: torch.where(v < threshold, v, 255 - v))),
-    "SolarizeAdd": Operation(look_up, table(lambda v, addend: v + addend * (v < 128))),
-    "Color": Operation(blend, grayscale),
-    "Contrast": Operation(blend, mean_luma),
-    "Brightness": Operation(look_up, table(lambda v, factor: v * factor)),
-    "Sharpness": Operation(blend, smooth),
-    "ShearX": Operation(shift_rows, shear),
-    "ShearY": Operation(shift_rows, shear, axis=3),
-    "TranslateX": Operation(shift_rows, translate),
-    "TranslateY": Operation(shift_rows, translate, axis=3),
+    "AutoContrast": Operation(look_up, lambda images, _: [autocontrast(images)]),
+    "Equalize": Operation(look_up, lambda images, _: [equalize(images)]),
+    "Invert": Operation(look_up, by_level(lambda v, _: 255 - v)),
+    "Rotate": Operation(rotate, lambda _, degrees: [torch.deg2rad(degrees)]),
+    "Posterize": Operation(look_up, by_level(lambda v, bits: v - v % 2 ** (8 - bits.int()))),  # 0 bits: black
+    "Solarize": Operation(look_up, by_level(lambda v, threshold: torch.where(v < threshold, v, 255 - v))),
+    "SolarizeAdd": Operation(look_up, by_level(lambda v, addend: v + addend * (v < 128))),
+    "Color": Operation(blend, lambda images, factor: [grayscale(images), factor]),
+    "Contrast": Operation(blend, lambda images, factor: [mean_luma(images), factor]),
+    "Brightness": Operation(look_up, by_level(lambda v, factor: v * factor)),
+    "Sharpness": Operation(blend, lambda images, factor: [smooth(images), factor]),
+    "ShearX": Operation(shift_rows, lambda _, share: [share, 0 * share]),  # slope, offset
+    "ShearY": Operation(shift_rows, lambda _, share: [share, 0 * share], transposed=True),
+    "TranslateX": Operation(shift_rows, lambda _, share: [0 * share, share]),
+    "TranslateY": Operation(shift_rows, lambda _, share: [0 * share, share], transposed=True),
 }
+NAMES = list(OPERATIONS)
 
 
-def apply_operations(images: Tensor, op: Tensor, argument: Tensor) -> Tensor:
-    """Applies to image i operation number op[k, i] of OPERATIONS with argument[k, i], for k = 0, 1, ...
+# ---- Each image its own operation, in few calls: this is about speed, and a first reading can skip it ----
 
-    -1 leaves it alone. `op` int64 (K, B) and `argument` float (K, B) are on the CPU, the images anywhere.
+
+def group_by_operation(ops: Tensor, arguments: Tensor, device: torch.device) -> Iterator[tuple]:
+    """For each row of `ops` (num_ops, B): how to put each operation's images side by side, and back."""
+    counts = [torch.bincount(op + 1, minlength=1 + len(NAMES)).tolist() for op in ops]
+    order = ops.argsort(dim=1)
+    # One copy to the device, in float32, which holds all whole numbers up to 2^24
+    packed = to_device(torch.stack([order, order.argsort(dim=1), arguments.gather(1, order)]), device)
+    order, back = packed[:2].long()
+    return zip(counts, order, back, packed[2], strict=True)
+
+
+def apply_by_kind(groups: list[Tensor], arguments: list[Tensor]) -> list[Tensor]:
+    """Applies OPERATIONS number i to the images groups[i] with arguments[i], for all i."""
+    operations, calls = list(OPERATIONS.values()), {}
+    groups = [x.mT if operation.transposed else x for x, operation in zip(groups, operations, strict=True)]
+    for i, images in enumerate(groups):
+        if len(images):
+            calls.setdefault((operations[i].kind, images.shape[1:]), []).append(i)
+    # All groups of a kind in one call: a GPU changes a few images in less time than it takes to start a call.
+    for (kind, _), members in calls.items():
+        inputs = [[groups[i], *operations[i].inputs(groups[i], arguments[i])] for i in members]
+        changed = kind(*map(torch.cat, zip(*inputs, strict=True))).split([len(groups[i]) for i in members])
+        for i, images in zip(members, changed, strict=True):
+            groups[i] = images
+    return [x.mT if operation.transposed else x for x, operation in zip(groups, operations, strict=True)]
+
+
+def apply_operations(images: Tensor, ops: Tensor, arguments: Tensor) -> Tensor:
+    """Applies several operations to each image, one after the other: uint8 (B, 3, H, W) in and out.
+
+    Image i gets ops[0, i] with arguments[0, i], then ops[1, i], and so on. `ops` int64 (num_ops, B), places
+    in NAMES or -1 for none, and `arguments` float (num_ops, B) are on the CPU, the images anywhere.
     """
     if images.device.type == "cpu" and images.numel() > 2**21 and len(images) > 1:  # what stays in its cache
-        halves = zip(images.chunk(2), op.chunk(2, dim=1), argument.chunk(2, dim=1), strict=True)
+        halves = zip(images.chunk(2), ops.chunk(2, dim=1), arguments.chunk(2, dim=1), strict=True)
         return torch.cat([apply_operations(*half) for half in halves])
-    order = op.argsort(dim=1)  # puts the images of each operation side by side
-    packed = to_device(torch.stack([order, order.argsort(dim=1), argument.gather(1, order)]), images.device)
-    for op_k, order, back, argument in zip(op, *packed[:2].long(), packed[2], strict=True):
-        counts = torch.bincount(op_k + 1, minlength=1 + len(OPERATIONS)).tolist()  # on the CPU: no waiting
-        alone, *groups = images.index_select(0, order).split(counts)
-        groups = apply_each(list(OPERATIONS.values()), groups, argument.split(counts)[1:])
-        images = torch.cat([alone, *groups]).index_select(0, back)
+    for counts, order, back, argument in group_by_operation(ops, arguments, images.device):
+        unchanged, *groups = images.index_select(0, order).split(counts)
+        groups = apply_by_kind(groups, argument.split(counts)[1:])
+        images = torch.cat([unchanged, *groups]).index_select(0, back)
     return images
 
 
@@ -367,7 +374,6 @@ AUTOAUGMENT_ARGUMENTS = RANDAUGMENT_ARGUMENTS | {
     "Solarize": lambda m, sign: (256 * m).floor(),
     **dict.fromkeys(("Color", "Contrast", "Sharpness"), lambda m, sign: 0.1 + 1.8 * m),
 }
-NAMES = list(OPERATIONS)
 
 
 def draw_step(op: Tensor, m: Tensor, p: float | Tensor, table: dict, generator: Generator) -> tuple:
