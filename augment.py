@@ -455,19 +455,23 @@ def normalize(images: Tensor) -> Tensor:
 class RandomErasing:
     """Random erasing (Zhong et al., 2020) of normalized images: float (B, 3, H, W) in and out.
 
-    With the given probability, one box of 2 % to 1/3 of the area and log-uniform aspect 0.3 to 1/0.3 is
-    filled with N(0, 1), a draw of its own for every pixel and channel; an image in which none of 10 boxes
-    fits is left alone. The boxes are the same on every device, the noise is not.
+    With the given probability, a box of 2 % to 1/3 of the area and log-uniform aspect 0.3 to 1/0.3 is filled
+    with N(0, 1), drawn for every pixel and channel; an image in which none of 10 boxes fits stays as it is.
+    The boxes are the same on every device, the noise is not.
     """
 
-    def __init__(self, probability: float = 0.25, inplace: bool = False):
-        self.probability, self.inplace = probability, inplace
+    def __init__(self, probability: float = 0.25):
+        self.probability = probability
 
     def __call__(self, inputs: Tensor, generator: Generator) -> Tensor:
+        return self.erase_(inputs.clone(), generator)
+
+    def erase_(self, inputs: Tensor, generator: Generator) -> Tensor:
+        """The same in place: a copy would be 4 % of the time that `Augment` takes at 224 pixels on a CPU."""
         count, channels, height, width = inputs.shape
         sides, device = torch.tensor([height, width]), inputs.device
-        boxes, found = draw_boxes(count, sides, sides - 1, (0.02, 1 / 3), 0.3, generator)
-        erased = (torch.rand(count, generator=generator) < self.probability) & found
+        boxes, fits = draw_boxes(count, sides, sides - 1, (0.02, 1 / 3), 0.3, generator)
+        erased = (torch.rand(count, generator=generator) < self.probability) & fits
         seed = torch.randint(2**62, (), generator=generator).item()
         boxes = torch.cat([boxes[erased], erased.nonzero()], dim=1)  # with the image's number
         # The noise is drawn where it is needed. How much of it is known on the CPU: nothing waits.
@@ -479,8 +483,7 @@ class RandomErasing:
         y, x = torch.arange(height, device=device), torch.arange(width, device=device)
         rows, columns = (y >= top) & (y < top + h), (x >= left) & (x < left + w)  # (k, H), (k, W)
         inside = rows[:, None, :, None] & columns[:, None, None, :]  # (k, 1, H, W)
-        outputs = inputs if self.inplace else inputs.clone()
-        return outputs.index_copy_(0, index, outputs.index_select(0, index).masked_scatter_(inside, noise))
+        return inputs.index_copy_(0, index, inputs.index_select(0, index).masked_scatter_(inside, noise))
 
 
 class Mixup:
@@ -549,7 +552,7 @@ class Augment:
         smoothing: float = 0.1,
     ):
         self.policy = None if policy == "off" else POLICIES[policy]()
-        self.erase = RandomErasing(erasing, inplace=True)
+        self.erasing = RandomErasing(erasing)
         self.mix = Mixup(mixup, cutmix, num_classes, smoothing)
 
     def __call__(self, images: Tensor, labels: Tensor, generator: Generator) -> tuple[Tensor, Tensor]:
@@ -557,7 +560,7 @@ class Augment:
             raise ValueError(f"images must be uint8, not {images.dtype}")
         if self.policy is not None:
             images = self.policy(random_flip(images, generator), generator)
-        inputs = self.erase(normalize(images), generator)
+        inputs = self.erasing.erase_(normalize(images), generator)
         return self.mix(inputs, labels, generator)
 
 

@@ -823,7 +823,7 @@ def test_erasing_happens_with_its_probability_to_a_copy(probability):
     outputs = augment.RandomErasing(probability)(inputs, generator())
     assert torch.equal(inputs, before)
     assert follows((outputs != inputs).flatten(1).any(dim=1), {True: probability})
-    assert augment.RandomErasing(probability, inplace=True)(inputs, generator()) is inputs
+    assert augment.RandomErasing(probability).erase_(inputs, generator()) is inputs
     assert torch.equal(inputs, outputs)  # and the same generator gives the same noise
 
 
