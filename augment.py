@@ -401,44 +401,36 @@ class RandAugment:
             noise = torch.randn(len(images), generator=generator, dtype=torch.float64)
             m = (self.magnitude + self.magnitude_std * noise).clamp(0, 10) / 10
             steps.append(draw_step(op, m, 0.5, RANDAUGMENT_ARGUMENTS, generator))
-        return apply_operations(images, *map(torch.stack, zip(*steps, strict=True)))
+        ops, arguments = zip(*steps, strict=True)
+        return apply_operations(images, torch.stack(ops), torch.stack(arguments))
 
 
 class AutoAugment:
     """AutoAugment's ImageNet policy (Cubuk et al., 2019, their Table 9): uint8 (B, 3, H, W) in and out.
 
-    Each image gets one of the 25 sub-policies, all equally likely: two operations one after the other, each
-    with its probability and its level 0..10. torchvision has the list; no level there is a level of 0 here.
+    Each image gets one of 25 pairs of operations, each operation with its probability and its level 0..10.
     """
 
     def __init__(self):
-        # 25 sub-policies of two (name, probability, level) -> 25 first and 25 second operations
-        steps = list(zip(*torchvision.transforms.AutoAugment().policies, strict=True))
-        self.op = [torch.tensor([NAMES.index(name) for name, _, _ in ops]) for ops in steps]
-        self.probability = [torch.tensor([p for _, p, _ in ops]) for ops in steps]
-        self.m = [torch.tensor([level or 0 for _, _, level in ops]).double() / 10 for ops in steps]
+        policies = torchvision.transforms.AutoAugment().policies  # 25 pairs of (name, probability, level)
+        self.op = torch.tensor([[NAMES.index(name) for name, _, _ in pair] for pair in policies])  # (25, 2)
+        self.p = torch.tensor([[p for _, p, _ in pair] for pair in policies])
+        self.m = torch.tensor([[level or 0 for _, _, level in pair] for pair in policies]).double() / 10
 
     def __call__(self, images: Tensor, generator: Generator) -> Tensor:
-        i = torch.randint(len(self.op[0]), (len(images),), generator=generator)
-        steps = zip(self.op, self.m, self.probability, strict=True)
-        steps = [draw_step(op[i], m[i], p[i], AUTOAUGMENT_ARGUMENTS, generator) for op, m, p in steps]
-        return apply_operations(images, *map(torch.stack, zip(*steps, strict=True)))
+        i = torch.randint(len(self.op), (len(images),), generator=generator)
+        steps = zip(self.op[i].T, self.m[i].T, self.p[i].T, strict=True)  # (B,) each, first and second
+        steps = [draw_step(op, m, p, AUTOAUGMENT_ARGUMENTS, generator) for op, m, p in steps]
+        ops, arguments = zip(*steps, strict=True)
+        return apply_operations(images, torch.stack(ops), torch.stack(arguments))
 
 
-class ColorJitter:
-    """What takes a policy's place when there is none: brightness, contrast and saturation in a random order.
-
-    Each is multiplied by a factor uniform in 1 ± strength. uint8 (B, 3, H, W) in and out.
-    """
-
-    def __init__(self, strength: float = 0.3):
-        self.strength = strength
-
-    def __call__(self, images: Tensor, generator: Generator) -> Tensor:
-        ops = torch.tensor([NAMES.index(name) for name in ("Brightness", "Contrast", "Color")])
-        order = torch.rand(3, len(images), generator=generator).argsort(dim=0)  # (3, B)
-        factor = 1 + self.strength * (2 * torch.rand(order.shape, generator=generator) - 1)
-        return apply_operations(images, ops[order], factor)
+def color_jitter(images: Tensor, generator: Generator) -> Tensor:
+    """In place of a policy: brightness, contrast and saturation times 0.7..1.3, in a random order."""
+    ops = torch.tensor([NAMES.index(name) for name in ("Brightness", "Contrast", "Color")])
+    order = torch.rand(3, len(images), generator=generator).argsort(dim=0)  # (3, B)
+    factor = 1 + 0.3 * (2 * torch.rand(order.shape, generator=generator) - 1)
+    return apply_operations(images, ops[order], factor)
 
 
 # ---- After the pixels are numbers: normalize, erase, mix ----
@@ -498,11 +490,6 @@ class Mixup:
         self.mixup_alpha, self.cutmix_alpha = mixup_alpha, cutmix_alpha
         self.num_classes, self.smoothing = num_classes, smoothing
 
-    def one_hot(self, labels: Tensor) -> Tensor:
-        """Smoothed targets (B, C): ε/C everywhere and 1 - ε more at the label."""
-        one_hot = labels[:, None] == torch.arange(self.num_classes, device=labels.device)
-        return one_hot * (1 - self.smoothing) + self.smoothing / self.num_classes
-
     @staticmethod
     def box(lam: float, height: int, width: int, generator: Generator) -> tuple[int, int, int, int]:
         """CutMix's box (top, bottom, left, right): sides √(1-λ) of the image's, center uniform, clipped."""
@@ -512,7 +499,8 @@ class Mixup:
 
     def __call__(self, inputs: Tensor, labels: Tensor, generator: Generator) -> tuple[Tensor, Tensor]:
         height, width = inputs.shape[2:]
-        targets = self.one_hot(labels)
+        one_hot = labels[:, None] == torch.arange(self.num_classes, device=labels.device)
+        targets = one_hot * (1 - self.smoothing) + self.smoothing / self.num_classes
         coin = torch.rand((), generator=generator).item() < 0.5
         cut = self.cutmix_alpha > 0 and (coin or self.mixup_alpha == 0)
         alpha = self.cutmix_alpha if cut else self.mixup_alpha
@@ -528,11 +516,6 @@ class Mixup:
         else:
             mixed = inputs.flip(0).lerp_(inputs, lam)
         return mixed, torch.lerp(targets.flip(0), targets, lam)
-
-
-# ---- The whole path ----
-
-POLICIES = {"randaugment": RandAugment, "autoaugment": AutoAugment, "none": ColorJitter}
 
 
 class Augment:
@@ -551,7 +534,8 @@ class Augment:
         cutmix: float = 1.0,
         smoothing: float = 0.1,
     ):
-        self.policy = None if policy == "off" else POLICIES[policy]()
+        policies = {"randaugment": RandAugment(), "autoaugment": AutoAugment(), "none": color_jitter}
+        self.policy = None if policy == "off" else policies[policy]
         self.erasing = RandomErasing(erasing)
         self.mix = Mixup(mixup, cutmix, num_classes, smoothing)
 
@@ -565,12 +549,10 @@ class Augment:
 
 
 class RepeatedAugmentSampler(Sampler[int]):
-    """Repeated augmentation (Hoffer et al., 2020; Table 7): each image several times in a shuffled list.
+    """Repeated augmentation (Hoffer et al., 2020; Table 7): a shuffle with each image several times in a row.
 
-    Its repeats stand in a row. The list is dealt to the replicas in turn, so that they meet in one step. An
-    epoch keeps about `dataset_size` samples of it, that is 1/num_repeats of the images: each rank
-    (N // 256 · 256) / W of them, or N / W where N < 256, rounded down. On one process it is the same. With
-    num_repeats = 1 it is a plain shuffle of all images, N / W for each rank.
+    The ranks take turns, so that the repeats of an image are in one step. For N images each of W ranks has
+    N // 256 · 256 / W samples an epoch, or N / W where N < 256 or num_repeats = 1, rounded down.
     """
 
     def __init__(self, dataset_size: int, num_replicas: int, rank: int, num_repeats: int = 3, seed: int = 0):

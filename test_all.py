@@ -738,7 +738,7 @@ def test_autoaugment_draws_sub_policies_evenly_and_applies_each_operation_with_i
 
 
 def test_color_jitter_does_its_three_operations_in_any_order_within_its_strength(drawn):
-    order, factors = map(torch.stack, zip(*drawn(augment.ColorJitter(), 60_000), strict=True))
+    order, factors = map(torch.stack, zip(*drawn(augment.color_jitter, 60_000), strict=True))
     orders = itertools.permutations([NAMES.index(name) for name in ("Brightness", "Contrast", "Color")])
     digits = {int(225 * a + 15 * b + c): 1 / 6 for a, b, c in orders}
     assert follows(225 * order[0] + 15 * order[1] + order[2], digits)
@@ -902,7 +902,9 @@ def test_the_partner_is_the_reversed_batch_and_targets_are_mixed_as_inputs(mixup
     assert torch.equal(inputs, before)
 
 
-POLICIES = dict(randaugment=augment.RandAugment, autoaugment=augment.AutoAugment, none=augment.ColorJitter)
+POLICIES = dict(
+    randaugment=augment.RandAugment(), autoaugment=augment.AutoAugment(), none=augment.color_jitter
+)
 
 
 @pytest.mark.parametrize("policy", [*POLICIES, "off"])
@@ -913,7 +915,7 @@ def test_a_step_is_flip_policy_normalize_erase_mix_and_follows_its_generator(pol
     step = augment.Augment(10, policy, erasing=0.25, mixup=0.8, cutmix=1.0, smoothing=0.1)
     draws, mine, expected = generator(3), generator(3), images
     if policy != "off":
-        expected = POLICIES[policy]()(augment.random_flip(images, draws), draws)
+        expected = POLICIES[policy](augment.random_flip(images, draws), draws)
     expected = augment.RandomErasing(0.25)(augment.normalize(expected), draws)
     expected = augment.Mixup(0.8, 1.0, 10, 0.1)(expected, labels, draws)
     inputs, targets = step(images, labels, mine)
