@@ -65,50 +65,47 @@ def cubic_weights(offset: Tensor, a: float = -1.0) -> tuple[Tensor, Tensor, Tens
 def draw_boxes(
     count: int, sides: Tensor, largest: Tensor, scale: tuple, ratio: float, generator: Generator
 ) -> tuple[Tensor, Tensor]:
-    """Boxes (top, left, height, width) int64 (count, 4), and which of them were found, bool (count,).
+    """Boxes (top, left, height, width) int64 (count, 4), and whether they fit, bool (count,).
 
-    Their area is uniform in `scale`, as a share of the image of these `sides` (height, width), their aspect
-    log-uniform in ratio..1/ratio. Of 10 draws the first whose sides are 1..largest counts.
+    The area is uniform in `scale`, as a share of an image with these `sides` (height, width), the aspect
+    log-uniform in ratio..1/ratio. Of 10 draws the first whose sides are 1..largest is taken.
     """
     area = sides.prod() * torch.empty(count, 10, 1).uniform_(*scale, generator=generator)
     log_aspect = torch.empty(count, 10, 1).uniform_(math.log(ratio), -math.log(ratio), generator=generator)
-    drawn = (area * torch.cat([-log_aspect, log_aspect], dim=2).exp()).sqrt().round()  # (count, 10, 2)
-    fits = ((drawn >= 1) & (drawn <= largest)).all(dim=2)
-    drawn = drawn[torch.arange(count), fits.int().argmax(dim=1)]  # (count, 2)
-    corner = (torch.rand(count, 2, generator=generator) * (sides - drawn + 1)).floor()
-    return torch.cat([corner, drawn], dim=1).long(), fits.any(dim=1)
+    sizes = (area * torch.cat([-log_aspect, log_aspect], dim=2).exp()).sqrt().round()  # (count, 10, 2)
+    fits = ((sizes >= 1) & (sizes <= largest)).all(dim=2)
+    size = sizes[torch.arange(count), fits.int().argmax(dim=1)]  # (count, 2)
+    corner = (torch.rand(count, 2, generator=generator) * (sides - size + 1)).floor()
+    return torch.cat([corner, size], dim=1).long(), fits.any(dim=1)
 
 
 def random_boxes(count: int, height: int, width: int, generator: Generator) -> Tensor:
-    """Random resized crop's boxes (top, left, height, width) int64 (count, 4): 8 % to 100 % of the area.
-
-    Where no draw fits into the image: the largest centered box of an aspect (w/h) from 3/4 to 4/3.
-    """
+    """Random resized crop's boxes (top, left, height, width) int64 (count, 4): 8 % to 100 % of the area."""
     sides = torch.tensor([height, width])
-    boxes, found = draw_boxes(count, sides, sides, (0.08, 1), 3 / 4, generator)
+    boxes, fits = draw_boxes(count, sides, sides, (0.08, 1), 3 / 4, generator)
+    # Where none of the draws fits: the largest centered box of an aspect (w/h) from 3/4 to 4/3
     largest = torch.tensor([round(min(height, width * 4 / 3)), round(min(width, height * 4 / 3))])
-    return torch.where(found[:, None], boxes, torch.cat([(sides - largest) // 2, largest]))
+    return torch.where(fits[:, None], boxes, torch.cat([(sides - largest) // 2, largest]))
 
 
 def resize_lines(lines: Tensor, start: Tensor, length: Tensor, size: int) -> Tensor:
     """Resizes lines start..start + length of each image bicubically: float (B, L, D) -> (B, size, D).
 
-    `start` and `length` float (B,) are on the CPU. As in Pillow's resize, shrinking widens the kernel, and
-    what lies beyond the stretch counts for nothing.
+    `start` and `length` float (B,) are on the CPU. As in Pillow's resize, shrinking widens the kernel.
     """
     (count, total, _), device = lines.shape, lines.device
     taps = math.ceil(4 * max(1.0, length.max().item() / size)) + 1
     start, length = to_device(torch.stack([start, length]), device)[:, :, None, None]
     scale = length / size
-    reach = scale.clamp(min=1)
+    stretch = scale.clamp(min=1)  # of the kernel, which then reaches 2 · stretch lines to each side
     centers = start + (torch.arange(size, device=device)[:, None] + 0.5) * scale
-    index = (centers - 2 * reach).floor() + torch.arange(taps, device=device)  # (B, size, taps)
-    distance = ((index + 0.5 - centers) / reach).abs()
+    index = (centers - 2 * stretch).floor() + torch.arange(taps, device=device)  # (B, size, taps)
+    distance = ((index + 0.5 - centers) / stretch).abs()
     far, near, _, _ = cubic_weights(torch.where(distance < 1, distance, distance - 1).clamp(max=1), a=-0.5)
     weights = torch.where(distance < 1, near, far) * ((index >= start) & (index < start + length))
     weights = weights / weights.sum(dim=2, keepdim=True)
-    # A line of the result is a weighted sum of `taps` lines of the image: a bag of embeddings. On a CPU
-    # products with dense (size, L) matrices would take longer at 224 pixels.
+    # Each new line is a weighted sum of `taps` old ones, which is what embedding_bag computes. A product with
+    # a dense (size, L) matrix would take longer on a CPU at 224 pixels.
     index = index.clamp(0, total - 1).long() + total * torch.arange(count, device=device)[:, None, None]
     index, weights = index.view(-1, taps), weights.view(-1, taps)
     resized = F.embedding_bag(index, lines.flatten(0, 1), per_sample_weights=weights, mode="sum")
@@ -128,22 +125,21 @@ def resize_boxes(images: Tensor, boxes: Tensor, size: int) -> Tensor:
     return lines.unflatten(2, (3, -1)).transpose(1, 2).contiguous()
 
 
-def pad_and_crop(images: Tensor, generator: Generator, padding: int = 4) -> Tensor:
-    """Pads with black and cuts the old size out again at a random place."""
+def pad_and_crop(images: Tensor, generator: Generator) -> Tensor:
+    """Pads with 4 black pixels on each side and cuts the old size out again at a random place."""
     height, width = images.shape[2:]
-    corner = torch.randint(2 * padding + 1, (2, len(images)), generator=generator)
+    corner = torch.randint(2 * 4 + 1, (2, len(images)), generator=generator)
     top, left = to_device(corner, images.device)
-    windows = F.pad(images, [padding] * 4).unfold(2, height, 1).unfold(3, width, 1)  # a view
+    windows = F.pad(images, [4] * 4).unfold(2, height, 1).unfold(3, width, 1)  # a view
     index = torch.arange(len(images), device=images.device)
     return windows[index, :, top, left]  # (B, 3, tops, lefts, H, W) -> (B, 3, H, W)
 
 
 def random_crop(images: Tensor, size: int, generator: Generator) -> Tensor:
     """Training crop uint8 (B, 3, size, size): random resized crop; small images of that size are padded."""
-    height, width = images.shape[2:]
-    if height == width == size <= SMALL_IMAGE:
+    if images.shape[2:] == (size, size) and size <= SMALL_IMAGE:
         return pad_and_crop(images, generator)
-    return resize_boxes(images, random_boxes(len(images), height, width, generator), size)
+    return resize_boxes(images, random_boxes(len(images), *images.shape[2:], generator), size)
 
 
 def resize_size(*sides: int, size: int) -> list[int]:
@@ -154,10 +150,9 @@ def resize_size(*sides: int, size: int) -> list[int]:
 
 def center_crop(images: Tensor, size: int) -> Tensor:
     """Evaluation crop uint8 (B, 3, size, size): the center after `resize_size`; images of that size stay."""
-    height, width = images.shape[2:]
-    if (height, width) == (size, size):
+    if images.shape[2:] == (size, size):
         return images
-    sides = resize_size(height, width, size=size)
+    sides = resize_size(*images.shape[2:], size=size)
     resized = F.interpolate(images.float(), sides, mode="bicubic", antialias=True)
     top, left = (round((side - size) / 2) for side in sides)
     return resized[:, :, top : top + size, left : left + size].round().clamp_(0, 255).to(torch.uint8)
