@@ -7,7 +7,7 @@ The file follows that path; `Augment` near its end is the whole of it. Everythin
 the batch's device, image by image what Pillow does. Random choices are drawn on the CPU from the generator
 passed in, so that they are the same on every device and no step waits for the GPU.
 
-    python evaluate.py augmentations --out augmentations.png      draws every operation below
+    python evaluate.py augmentations --all --out augmentations.png      draws every operation below
 """
 
 import functools
@@ -47,11 +47,10 @@ def to_device(values: Tensor, device: torch.device) -> Tensor:
     return values.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else values.to(device)
 
 
-def cubic_taps(offset: Tensor, a: float = -1.0) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Weights of the four neighbors at -1, 0, 1, 2 for a point `offset` (0..1) to the right of neighbor 0.
+def cubic_weights(offset: Tensor, a: float = -1.0) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Weights of the neighbors at -1, 0, 1 and 2 for a point at `offset` (0..1): they sum to 1.
 
-    Keys' cubic kernel (1981), whose four weights sum to 1, in factored form. Pillow's Image.transform has
-    a = -1, where its resize has a = -0.5 and torch a = -0.75.
+    Keys' cubic kernel (1981). Pillow's Image.transform has a = -1, its resize a = -0.5, and torch a = -0.75.
     """
     rest = 1 - offset
     outer = a * offset * rest
@@ -66,50 +65,47 @@ def cubic_taps(offset: Tensor, a: float = -1.0) -> tuple[Tensor, Tensor, Tensor,
 def draw_boxes(
     count: int, sides: Tensor, largest: Tensor, scale: tuple, ratio: float, generator: Generator
 ) -> tuple[Tensor, Tensor]:
-    """Boxes (top, left, height, width) int64 (count, 4), and which of them were found, bool (count,).
+    """Boxes (top, left, height, width) int64 (count, 4), and whether they fit, bool (count,).
 
-    Their area is uniform in `scale`, as a share of the image of these `sides` (height, width), their aspect
-    log-uniform in ratio..1/ratio. Of 10 draws the first whose sides are 1..largest counts.
+    The area is uniform in `scale`, as a share of an image with these `sides` (height, width), the aspect
+    log-uniform in ratio..1/ratio. Of 10 draws the first whose sides are 1..largest is taken.
     """
     area = sides.prod() * torch.empty(count, 10, 1).uniform_(*scale, generator=generator)
     log_aspect = torch.empty(count, 10, 1).uniform_(math.log(ratio), -math.log(ratio), generator=generator)
-    drawn = (area * torch.cat([-log_aspect, log_aspect], dim=2).exp()).sqrt().round()  # (count, 10, 2)
-    fits = ((drawn >= 1) & (drawn <= largest)).all(dim=2)
-    drawn = drawn[torch.arange(count), fits.int().argmax(dim=1)]  # (count, 2)
-    corner = (torch.rand(count, 2, generator=generator) * (sides - drawn + 1)).floor()
-    return torch.cat([corner, drawn], dim=1).long(), fits.any(dim=1)
+    sizes = (area * torch.cat([-log_aspect, log_aspect], dim=2).exp()).sqrt().round()  # (count, 10, 2)
+    fits = ((sizes >= 1) & (sizes <= largest)).all(dim=2)
+    size = sizes[torch.arange(count), fits.int().argmax(dim=1)]  # (count, 2)
+    corner = (torch.rand(count, 2, generator=generator) * (sides - size + 1)).floor()
+    return torch.cat([corner, size], dim=1).long(), fits.any(dim=1)
 
 
 def random_boxes(count: int, height: int, width: int, generator: Generator) -> Tensor:
-    """Random resized crop's boxes (top, left, height, width) int64 (count, 4): 8 % to 100 % of the area.
-
-    Where no draw fits into the image: the largest centered box of an aspect (w/h) from 3/4 to 4/3.
-    """
+    """Random resized crop's boxes (top, left, height, width) int64 (count, 4): 8 % to 100 % of the area."""
     sides = torch.tensor([height, width])
-    boxes, found = draw_boxes(count, sides, sides, (0.08, 1), 3 / 4, generator)
+    boxes, fits = draw_boxes(count, sides, sides, (0.08, 1), 3 / 4, generator)
+    # Where none of the draws fits: the largest centered box of an aspect (w/h) from 3/4 to 4/3
     largest = torch.tensor([round(min(height, width * 4 / 3)), round(min(width, height * 4 / 3))])
-    return torch.where(found[:, None], boxes, torch.cat([(sides - largest) // 2, largest]))
+    return torch.where(fits[:, None], boxes, torch.cat([(sides - largest) // 2, largest]))
 
 
 def resize_lines(lines: Tensor, start: Tensor, length: Tensor, size: int) -> Tensor:
     """Resizes lines start..start + length of each image bicubically: float (B, L, D) -> (B, size, D).
 
-    `start` and `length` float (B,) are on the CPU. As in Pillow's resize, shrinking widens the kernel, and
-    what lies beyond the stretch counts for nothing.
+    `start` and `length` float (B,) are on the CPU. As in Pillow's resize, shrinking widens the kernel.
     """
     (count, total, _), device = lines.shape, lines.device
     taps = math.ceil(4 * max(1.0, length.max().item() / size)) + 1
     start, length = to_device(torch.stack([start, length]), device)[:, :, None, None]
     scale = length / size
-    reach = scale.clamp(min=1)
+    stretch = scale.clamp(min=1)  # of the kernel, which then reaches 2 · stretch lines to each side
     centers = start + (torch.arange(size, device=device)[:, None] + 0.5) * scale
-    index = (centers - 2 * reach).floor() + torch.arange(taps, device=device)  # (B, size, taps)
-    distance = ((index + 0.5 - centers) / reach).abs()
-    far, near, _, _ = cubic_taps(torch.where(distance < 1, distance, distance - 1).clamp(max=1), a=-0.5)
+    index = (centers - 2 * stretch).floor() + torch.arange(taps, device=device)  # (B, size, taps)
+    distance = ((index + 0.5 - centers) / stretch).abs()
+    far, near, _, _ = cubic_weights(torch.where(distance < 1, distance, distance - 1).clamp(max=1), a=-0.5)
     weights = torch.where(distance < 1, near, far) * ((index >= start) & (index < start + length))
     weights = weights / weights.sum(dim=2, keepdim=True)
-    # A line of the result is a weighted sum of `taps` lines of the image: a bag of embeddings. On a CPU
-    # products with dense (size, L) matrices would take longer at 224 pixels.
+    # Each new line is a weighted sum of `taps` old ones, which is what embedding_bag computes. A product with
+    # a dense (size, L) matrix would take longer on a CPU at 224 pixels.
     index = index.clamp(0, total - 1).long() + total * torch.arange(count, device=device)[:, None, None]
     index, weights = index.view(-1, taps), weights.view(-1, taps)
     resized = F.embedding_bag(index, lines.flatten(0, 1), per_sample_weights=weights, mode="sum")
@@ -129,22 +125,21 @@ def resize_boxes(images: Tensor, boxes: Tensor, size: int) -> Tensor:
     return lines.unflatten(2, (3, -1)).transpose(1, 2).contiguous()
 
 
-def pad_and_crop(images: Tensor, generator: Generator, padding: int = 4) -> Tensor:
-    """Pads with black and cuts the old size out again at a random place."""
+def pad_and_crop(images: Tensor, generator: Generator) -> Tensor:
+    """Pads with 4 black pixels on each side and cuts the old size out again at a random place."""
     height, width = images.shape[2:]
-    corner = torch.randint(2 * padding + 1, (2, len(images)), generator=generator)
+    corner = torch.randint(2 * 4 + 1, (2, len(images)), generator=generator)
     top, left = to_device(corner, images.device)
-    windows = F.pad(images, [padding] * 4).unfold(2, height, 1).unfold(3, width, 1)  # a view
+    windows = F.pad(images, [4] * 4).unfold(2, height, 1).unfold(3, width, 1)  # a view
     index = torch.arange(len(images), device=images.device)
     return windows[index, :, top, left]  # (B, 3, tops, lefts, H, W) -> (B, 3, H, W)
 
 
 def random_crop(images: Tensor, size: int, generator: Generator) -> Tensor:
     """Training crop uint8 (B, 3, size, size): random resized crop; small images of that size are padded."""
-    height, width = images.shape[2:]
-    if height == width == size <= SMALL_IMAGE:
+    if images.shape[2:] == (size, size) and size <= SMALL_IMAGE:
         return pad_and_crop(images, generator)
-    return resize_boxes(images, random_boxes(len(images), height, width, generator), size)
+    return resize_boxes(images, random_boxes(len(images), *images.shape[2:], generator), size)
 
 
 def resize_size(*sides: int, size: int) -> list[int]:
@@ -155,10 +150,9 @@ def resize_size(*sides: int, size: int) -> list[int]:
 
 def center_crop(images: Tensor, size: int) -> Tensor:
     """Evaluation crop uint8 (B, 3, size, size): the center after `resize_size`; images of that size stay."""
-    height, width = images.shape[2:]
-    if (height, width) == (size, size):
+    if images.shape[2:] == (size, size):
         return images
-    sides = resize_size(height, width, size=size)
+    sides = resize_size(*images.shape[2:], size=size)
     resized = F.interpolate(images.float(), sides, mode="bicubic", antialias=True)
     top, left = (round((side - size) / 2) for side in sides)
     return resized[:, :, top : top + size, left : left + size].round().clamp_(0, 255).to(torch.uint8)
@@ -170,28 +164,26 @@ def random_flip(images: Tensor, generator: Generator) -> Tensor:
     return flipped * images.flip(3) + ~flipped * images  # torch.where is slower on uint8
 
 
-# ---- Operations: (images uint8 (n, 3, H, W), argument float (n,)) -> uint8 (n, 3, H, W) ----
+# ---- Operations: uint8 (n, 3, H, W) and an argument float (n,) for each image -> uint8 (n, 3, H, W) ----
+# The fifteen operations are of four kinds: `look_up` (a table of 256 levels), `blend` (with another image),
+# `shift_rows` (or columns) and `rotate`. An operation is a kind and what this kind needs besides the images.
 
 
-class Operation(NamedTuple):
-    """A function of (images, argument): it gives change(images, prepare(images, argument), argument)."""
-
-    change: Callable[[Tensor, Tensor, Tensor], Tensor]
-    prepare: Callable[[Tensor, Tensor], Tensor]
-    axis: int = 2  # 3: does to columns what it would do to rows
-
-    def __call__(self, images: Tensor, argument: Tensor) -> Tensor:
-        return apply_each([self], [images], [argument.float()])[0]
+def look_up(images: Tensor, tables: Tensor) -> Tensor:
+    """Replaces each value by its entry in the table of its image and channel; tables float (n, 3, 256)."""
+    return tables.clamp(0, 255).to(torch.uint8).gather(2, images.flatten(2).long()).view_as(images)
 
 
-def look_up(images: Tensor, table: Tensor, argument: Tensor) -> Tensor:
-    """Replaces each value by its entry in a table float (n, 3, 256) of its own image and channel."""
-    return table.clamp(0, 255).to(torch.uint8).gather(2, images.flatten(2).long()).view_as(images)
+def by_level(function: Callable[[Tensor, Tensor], Tensor]) -> Callable[[Tensor, Tensor], list[Tensor]]:
+    """The inputs of `look_up` for a function of (level, argument), the same for all channels."""
+    return lambda images, argument: [
+        function(constant(LEVELS, images.device), argument.view(-1, 1, 1)).expand(len(images), 3, 256)
+    ]
 
 
-def autocontrast(images: Tensor, argument: Tensor) -> Tensor:
-    """Stretches each channel to 0..255; a channel of one value stays as it is."""
-    # float64 because Pillow's truncation to whole levels depends on the last bit; mps has none
+def autocontrast(images: Tensor) -> Tensor:
+    """Tables that stretch each channel to 0..255; a channel of one value stays as it is."""
+    # float64, which mps lacks, because Pillow's truncation to whole levels depends on the last bit
     dtype = torch.float32 if images.device.type == "mps" else torch.float64
     low, high = torch.stack(images.flatten(2).aminmax(dim=2, keepdim=True)).to(dtype)
     levels = constant(LEVELS, images.device)
@@ -199,8 +191,8 @@ def autocontrast(images: Tensor, argument: Tensor) -> Tensor:
     return torch.where(high > low, levels * scale - low * scale, levels).trunc().float()
 
 
-def equalize(images: Tensor, argument: Tensor) -> Tensor:
-    """Makes each channel's histogram as flat as whole levels allow."""
+def equalize(images: Tensor) -> Tensor:
+    """Tables that make each channel's histogram as flat as whole levels allow."""
     values = images.flatten(2).long()
     counts = torch.zeros(*values.shape[:2], 256, dtype=torch.int32, device=images.device)
     counts.scatter_add_(2, values, torch.ones((), dtype=torch.int32, device=images.device).expand_as(values))
@@ -209,33 +201,26 @@ def equalize(images: Tensor, argument: Tensor) -> Tensor:
     return torch.where(step > 0, flat, constant(LEVELS, images.device))
 
 
-def table(function: Callable[[Tensor, Tensor], Tensor]) -> Callable[[Tensor, Tensor], Tensor]:
-    """The table of a function of single values: what it makes of each level."""
-    return lambda images, argument: function(
-        constant(LEVELS, images.device).expand(len(images), 3, 256), argument.view(-1, 1, 1)
-    )
+def blend(images: Tensor, others: Tensor, factor: Tensor) -> Tensor:
+    """Pillow's Image.blend: factor 0 gives the others, 1 the images, above 1 goes beyond them."""
+    return (others + factor.view(-1, 1, 1, 1) * (images - others)).clamp_(0, 255).to(torch.uint8)
 
 
-def blend(images: Tensor, degenerate: Tensor, factor: Tensor) -> Tensor:
-    """Pillow's Image.blend: factor 0 gives `degenerate`, 1 the images, above 1 goes beyond them."""
-    return (degenerate + factor.view(-1, 1, 1, 1) * (images - degenerate)).clamp_(0, 255).to(torch.uint8)
-
-
-def grayscale(images: Tensor, factor: Tensor) -> Tensor:
-    """Color: factor 0 is gray, the luma in Pillow's fixed-point arithmetic."""
+def grayscale(images: Tensor) -> Tensor:
+    """For Color: the images in gray, as Pillow's fixed-point arithmetic computes the luma."""
     weighted = images * constant((19595, 38470, 7471), images.device).view(3, 1, 1)
     return (weighted.sum(dim=1, keepdim=True) + 32768 >> 16).float().expand_as(images)
 
 
-def mean_luma(images: Tensor, factor: Tensor) -> Tensor:
-    """Contrast: factor 0 is the image's mean luma everywhere, rounded to a whole level."""
-    pixels = images[0, 0].numel()
-    total = grayscale(images, factor)[:, :1].sum(dim=(2, 3), keepdim=True, dtype=torch.int64)
+def mean_luma(images: Tensor) -> Tensor:
+    """For Contrast: each image's mean luma everywhere, rounded to a whole level."""
+    pixels = images.shape[2] * images.shape[3]
+    total = grayscale(images)[:, :1].sum(dim=(2, 3), keepdim=True, dtype=torch.int64)
     return ((2 * total + pixels) // (2 * pixels)).float().expand_as(images)
 
 
-def smooth(images: Tensor, factor: Tensor) -> Tensor:
-    """Sharpness: factor 0 is smoothed by (1 1 1; 1 5 1; 1 1 1)/13, its outermost pixels left as they are."""
+def smooth(images: Tensor) -> Tensor:
+    """For Sharpness: the images filtered by (1 1 1; 1 5 1; 1 1 1)/13, their outermost pixels unchanged."""
     smoothed = images.float()
     rows = smoothed[:, :, :-2] + smoothed[:, :, 1:-1] + smoothed[:, :, 2:]
     center = smoothed[:, :, 1:-1, 1:-1]
@@ -244,37 +229,29 @@ def smooth(images: Tensor, factor: Tensor) -> Tensor:
 
 
 def fill_outside(sampled: Tensor, inside: Tensor) -> Tensor:
-    """Whole levels where the source point lies in the image, the fill color elsewhere."""
-    # Four float32 weights may sum to a hair less than 1; cut to whole levels, flat areas would darken by one.
+    """The sampled values as uint8 where the source point lies in the image, the fill color elsewhere."""
+    # Four float32 weights may sum to slightly less than 1; truncated, a flat area would be one level darker.
     filled = torch.where(inside, sampled.add_(1e-3), constant(FILL, sampled.device).view(3, 1, 1))
     return filled.clamp_(0, 255).to(torch.uint8)
 
 
-def shift_rows(images: Tensor, shift: Tensor, argument: Tensor) -> Tensor:
-    """Pixel x of row y becomes the one at x + shift[y], interpolated; shift float (n, H)."""
-    width, device, shift = images.shape[3], images.device, shift[:, None, :, None]
+def shift_rows(images: Tensor, slope: Tensor, offset: Tensor) -> Tensor:
+    """Pixel (x, y) becomes the one at (x + slope·y + offset·width, y), by cubic interpolation."""
+    (height, width), device = images.shape[2:], images.device
+    shift = slope[:, None] * torch.arange(0.5, height, device=device) + offset[:, None] * width
+    shift = shift[:, None, :, None]  # (n, 1, H, 1)
     whole = shift.floor()
     columns = torch.arange(-1, width + 2, device=device) + whole.long()  # (n, 1, H, W + 3)
     source = images.gather(3, columns.clamp_(0, width - 1).expand(-1, 3, -1, -1)).float()
     sampled = torch.zeros(images.shape, device=device)
-    for k, tap in enumerate(cubic_taps(shift - whole)):
-        sampled.addcmul_(tap, source[..., k : k + width])
+    for k, weight in enumerate(cubic_weights(shift - whole)):
+        sampled.addcmul_(weight, source[..., k : k + width])
     centers = torch.arange(0.5, width, device=device) + shift
     return fill_outside(sampled, (centers >= 0) & (centers < width))
 
 
-def shear(images: Tensor, share: Tensor) -> Tensor:
-    """Shifts each row by `share` of its distance from the top."""
-    return share[:, None] * torch.arange(0.5, images.shape[2], device=images.device)
-
-
-def translate(images: Tensor, share: Tensor) -> Tensor:
-    """Moves the content left by `share` of the width."""
-    return (share * images.shape[3])[:, None].expand(-1, images.shape[2])
-
-
-def rotate(images: Tensor, angle: Tensor, argument: Tensor) -> Tensor:
-    """Turns the content counter-clockwise about the center by angle float (n,), by bicubic interpolation."""
+def rotate(images: Tensor, angle: Tensor) -> Tensor:
+    """Turns counter-clockwise about the center by angle float (n,), in radians, by bicubic interpolation."""
     (height, width), device = images.shape[2:], images.device
     cos, sin = angle.cos().view(-1, 1, 1), angle.sin().view(-1, 1, 1)
     x = torch.arange(0.5 - width / 2, width / 2, device=device)  # pixel centers, from the image's center
@@ -283,68 +260,93 @@ def rotate(images: Tensor, angle: Tensor, argument: Tensor) -> Tensor:
     sides, last = constant(((width, height), (width - 1, height - 1)), device).view(2, 2, 1, 1, 1)
     inside = ((source >= 0) & (source < sides)).all(dim=0)[:, None]
     first = (source - 0.5).floor()
-    taps_x, taps_y = torch.stack(cubic_taps(source - 0.5 - first), dim=2).unbind()  # (n, 4, H, W)
+    weights_x, weights_y = torch.stack(cubic_weights(source - 0.5 - first), dim=2).unbind()  # (n, 4, H, W)
     neighbors = first.long()[:, :, None] + torch.arange(-1, 3, device=device).view(4, 1, 1)
     columns, rows = torch.minimum(neighbors.clamp_(min=0), last[:, None]).unbind()  # (n, 4, H, W)
     pixels = images.flatten(2).float()
-    lines = torch.zeros(len(images), 3, 4, height, width, device=device)  # the 4 columns, each of 4 rows
-    for row, tap in zip((rows * width).split(1, dim=1), taps_y.unbind(1), strict=True):
+    # Each pixel's 4 × 4 neighbors: summed over the 4 rows in each of the 4 columns, then over the columns
+    sums = torch.zeros(len(images), 3, 4, height, width, device=device)
+    for row, weight in zip((rows * width).split(1, dim=1), weights_y.unbind(1), strict=True):
         index = (row + columns).flatten(1)[:, None].expand(-1, 3, -1)
-        lines.addcmul_(tap[:, None, None], pixels.gather(2, index).view_as(lines))
-    return fill_outside((lines * taps_x[:, None]).sum(dim=2), inside)
+        sums.addcmul_(weight[:, None, None], pixels.gather(2, index).view_as(sums))
+    return fill_outside((sums * weights_x[:, None]).sum(dim=2), inside)
 
 
-def apply_each(operations: list[Operation], groups: list[Tensor], arguments: list[Tensor]) -> list[Tensor]:
-    """Applies each operation to a group of images of its own."""
-    changes, results = {}, list(groups)
-    for i, (operation, images, argument) in enumerate(zip(operations, groups, arguments, strict=True)):
-        if len(images):
-            images = images.transpose(2, operation.axis)
-            member = i, images, operation.prepare(images, argument), argument
-            changes.setdefault((operation.change, images.shape[1:]), []).append(member)
-    # A change is made once for all its operations: a GPU changes a few images in less time than a call takes.
-    for (change, _), members in changes.items():
-        numbers, *parts = zip(*members, strict=True)
-        changed = change(*map(torch.cat, parts)).split([len(images) for images in parts[0]])
-        for i, images in zip(numbers, changed, strict=True):
-            results[i] = images.transpose(2, operations[i].axis)
-    return results
+class Operation(NamedTuple):
+    """A function of (images, argument): its kind, applied to the images and what it needs besides them."""
+
+    kind: Callable[..., Tensor]
+    inputs: Callable[[Tensor, Tensor], list[Tensor]]  # (images, argument) -> what the kind needs
+    transposed: bool = False  # does to columns what it would do to rows
+
+    def __call__(self, images: Tensor, argument: Tensor) -> Tensor:
+        images = images.mT if self.transposed else images
+        changed = self.kind(images, *self.inputs(images, argument.float()))
+        return changed.mT if self.transposed else changed
 
 
 OPERATIONS: dict[str, Operation] = {
-    "AutoContrast": Operation(look_up, autocontrast),
-    "Equalize": Operation(look_up, equalize),
-    "Invert": Operation(look_up, table(lambda v, _: 255 - v)),
-    "Rotate": Operation(rotate, lambda images, degrees: torch.deg2rad(degrees)),
-    "Posterize": Operation(look_up, table(lambda v, bits: v - v % 2 ** (8 - bits.int()))),  # 0 bits is black
-    "Solarize": Operation(look_up, table(lambda v, threshold: torch.where(v < threshold, v, 255 - v))),
-    "SolarizeAdd": Operation(look_up, table(lambda v, addend: v + addend * (v < 128))),
-    "Color": Operation(blend, grayscale),
-    "Contrast": Operation(blend, mean_luma),
-    "Brightness": Operation(look_up, table(lambda v, factor: v * factor)),
-    "Sharpness": Operation(blend, smooth),
-    "ShearX": Operation(shift_rows, shear),
-    "ShearY": Operation(shift_rows, shear, axis=3),
-    "TranslateX": Operation(shift_rows, translate),
-    "TranslateY": Operation(shift_rows, translate, axis=3),
+    "AutoContrast": Operation(look_up, lambda images, _: [autocontrast(images)]),
+    "Equalize": Operation(look_up, lambda images, _: [equalize(images)]),
+    "Invert": Operation(look_up, by_level(lambda v, _: 255 - v)),
+    "Rotate": Operation(rotate, lambda _, degrees: [torch.deg2rad(degrees)]),
+    "Posterize": Operation(look_up, by_level(lambda v, bits: v - v % 2 ** (8 - bits.int()))),  # 0 bits: black
+    "Solarize": Operation(look_up, by_level(lambda v, threshold: torch.where(v < threshold, v, 255 - v))),
+    "SolarizeAdd": Operation(look_up, by_level(lambda v, addend: v + addend * (v < 128))),
+    "Color": Operation(blend, lambda images, factor: [grayscale(images), factor]),
+    "Contrast": Operation(blend, lambda images, factor: [mean_luma(images), factor]),
+    "Brightness": Operation(look_up, by_level(lambda v, factor: v * factor)),
+    "Sharpness": Operation(blend, lambda images, factor: [smooth(images), factor]),
+    "ShearX": Operation(shift_rows, lambda _, share: [share, 0 * share]),  # slope, offset
+    "ShearY": Operation(shift_rows, lambda _, share: [share, 0 * share], transposed=True),
+    "TranslateX": Operation(shift_rows, lambda _, share: [0 * share, share]),
+    "TranslateY": Operation(shift_rows, lambda _, share: [0 * share, share], transposed=True),
 }
+NAMES = list(OPERATIONS)
 
 
-def apply_operations(images: Tensor, op: Tensor, argument: Tensor) -> Tensor:
-    """Applies to image i operation number op[k, i] of OPERATIONS with argument[k, i], for k = 0, 1, ...
+# ---- Each image its own operation, in few calls: this is about speed, and a first reading can skip it ----
 
-    -1 leaves it alone. `op` int64 (K, B) and `argument` float (K, B) are on the CPU, the images anywhere.
+
+def group_by_operation(ops: Tensor, arguments: Tensor, device: torch.device) -> Iterator[tuple]:
+    """For each row of `ops` (num_ops, B): how to put each operation's images side by side, and back."""
+    counts = [torch.bincount(op + 1, minlength=1 + len(NAMES)).tolist() for op in ops]
+    order = ops.argsort(dim=1)
+    # One copy to the device, in float32, which holds all whole numbers up to 2^24
+    packed = to_device(torch.stack([order, order.argsort(dim=1), arguments.gather(1, order)]), device)
+    order, back = packed[:2].long()
+    return zip(counts, order, back, packed[2], strict=True)
+
+
+def apply_by_kind(groups: list[Tensor], arguments: list[Tensor]) -> list[Tensor]:
+    """Applies OPERATIONS number i to the images groups[i] with arguments[i], for all i."""
+    operations, calls = list(OPERATIONS.values()), {}
+    groups = [x.mT if operation.transposed else x for x, operation in zip(groups, operations, strict=True)]
+    for i, images in enumerate(groups):
+        if len(images):
+            calls.setdefault((operations[i].kind, images.shape[1:]), []).append(i)
+    # All groups of a kind in one call: a GPU changes a few images in less time than it takes to start a call.
+    for (kind, _), members in calls.items():
+        inputs = [[groups[i], *operations[i].inputs(groups[i], arguments[i])] for i in members]
+        changed = kind(*map(torch.cat, zip(*inputs, strict=True))).split([len(groups[i]) for i in members])
+        for i, images in zip(members, changed, strict=True):
+            groups[i] = images
+    return [x.mT if operation.transposed else x for x, operation in zip(groups, operations, strict=True)]
+
+
+def apply_operations(images: Tensor, ops: Tensor, arguments: Tensor) -> Tensor:
+    """Applies several operations to each image, one after the other: uint8 (B, 3, H, W) in and out.
+
+    Image i gets ops[0, i] with arguments[0, i], then ops[1, i], and so on. `ops` int64 (num_ops, B), places
+    in NAMES or -1 for none, and `arguments` float (num_ops, B) are on the CPU, the images anywhere.
     """
     if images.device.type == "cpu" and images.numel() > 2**21 and len(images) > 1:  # what stays in its cache
-        halves = zip(images.chunk(2), op.chunk(2, dim=1), argument.chunk(2, dim=1), strict=True)
+        halves = zip(images.chunk(2), ops.chunk(2, dim=1), arguments.chunk(2, dim=1), strict=True)
         return torch.cat([apply_operations(*half) for half in halves])
-    order = op.argsort(dim=1)  # puts the images of each operation side by side
-    packed = to_device(torch.stack([order, order.argsort(dim=1), argument.gather(1, order)]), images.device)
-    for op_k, order, back, argument in zip(op, *packed[:2].long(), packed[2], strict=True):
-        counts = torch.bincount(op_k + 1, minlength=1 + len(OPERATIONS)).tolist()  # on the CPU: no waiting
-        alone, *groups = images.index_select(0, order).split(counts)
-        groups = apply_each(list(OPERATIONS.values()), groups, argument.split(counts)[1:])
-        images = torch.cat([alone, *groups]).index_select(0, back)
+    for counts, order, back, argument in group_by_operation(ops, arguments, images.device):
+        unchanged, *groups = images.index_select(0, order).split(counts)
+        groups = apply_by_kind(groups, argument.split(counts)[1:])
+        images = torch.cat([unchanged, *groups]).index_select(0, back)
     return images
 
 
@@ -367,7 +369,6 @@ AUTOAUGMENT_ARGUMENTS = RANDAUGMENT_ARGUMENTS | {
     "Solarize": lambda m, sign: (256 * m).floor(),
     **dict.fromkeys(("Color", "Contrast", "Sharpness"), lambda m, sign: 0.1 + 1.8 * m),
 }
-NAMES = list(OPERATIONS)
 
 
 def draw_step(op: Tensor, m: Tensor, p: float | Tensor, table: dict, generator: Generator) -> tuple:
@@ -395,44 +396,36 @@ class RandAugment:
             noise = torch.randn(len(images), generator=generator, dtype=torch.float64)
             m = (self.magnitude + self.magnitude_std * noise).clamp(0, 10) / 10
             steps.append(draw_step(op, m, 0.5, RANDAUGMENT_ARGUMENTS, generator))
-        return apply_operations(images, *map(torch.stack, zip(*steps, strict=True)))
+        ops, arguments = zip(*steps, strict=True)
+        return apply_operations(images, torch.stack(ops), torch.stack(arguments))
 
 
 class AutoAugment:
     """AutoAugment's ImageNet policy (Cubuk et al., 2019, their Table 9): uint8 (B, 3, H, W) in and out.
 
-    Each image gets one of the 25 sub-policies, all equally likely: two operations one after the other, each
-    with its probability and its level 0..10. torchvision has the list; no level there is a level of 0 here.
+    Each image gets one of 25 pairs of operations, each operation with its probability and its level 0..10.
     """
 
     def __init__(self):
-        # 25 sub-policies of two (name, probability, level) -> 25 first and 25 second operations
-        steps = list(zip(*torchvision.transforms.AutoAugment().policies, strict=True))
-        self.op = [torch.tensor([NAMES.index(name) for name, _, _ in ops]) for ops in steps]
-        self.probability = [torch.tensor([p for _, p, _ in ops]) for ops in steps]
-        self.m = [torch.tensor([level or 0 for _, _, level in ops]).double() / 10 for ops in steps]
+        policies = torchvision.transforms.AutoAugment().policies  # 25 pairs of (name, probability, level)
+        self.op = torch.tensor([[NAMES.index(name) for name, _, _ in pair] for pair in policies])  # (25, 2)
+        self.p = torch.tensor([[p for _, p, _ in pair] for pair in policies])
+        self.m = torch.tensor([[level or 0 for _, _, level in pair] for pair in policies]).double() / 10
 
     def __call__(self, images: Tensor, generator: Generator) -> Tensor:
-        i = torch.randint(len(self.op[0]), (len(images),), generator=generator)
-        steps = zip(self.op, self.m, self.probability, strict=True)
-        steps = [draw_step(op[i], m[i], p[i], AUTOAUGMENT_ARGUMENTS, generator) for op, m, p in steps]
-        return apply_operations(images, *map(torch.stack, zip(*steps, strict=True)))
+        i = torch.randint(len(self.op), (len(images),), generator=generator)
+        steps = zip(self.op[i].T, self.m[i].T, self.p[i].T, strict=True)  # (B,) each, first and second
+        steps = [draw_step(op, m, p, AUTOAUGMENT_ARGUMENTS, generator) for op, m, p in steps]
+        ops, arguments = zip(*steps, strict=True)
+        return apply_operations(images, torch.stack(ops), torch.stack(arguments))
 
 
-class ColorJitter:
-    """What takes a policy's place when there is none: brightness, contrast and saturation in a random order.
-
-    Each is multiplied by a factor uniform in 1 ± strength. uint8 (B, 3, H, W) in and out.
-    """
-
-    def __init__(self, strength: float = 0.3):
-        self.strength = strength
-
-    def __call__(self, images: Tensor, generator: Generator) -> Tensor:
-        ops = torch.tensor([NAMES.index(name) for name in ("Brightness", "Contrast", "Color")])
-        order = torch.rand(3, len(images), generator=generator).argsort(dim=0)  # (3, B)
-        factor = 1 + self.strength * (2 * torch.rand(order.shape, generator=generator) - 1)
-        return apply_operations(images, ops[order], factor)
+def color_jitter(images: Tensor, generator: Generator) -> Tensor:
+    """In place of a policy: brightness, contrast and saturation times 0.7..1.3, in a random order."""
+    ops = torch.tensor([NAMES.index(name) for name in ("Brightness", "Contrast", "Color")])
+    order = torch.rand(3, len(images), generator=generator).argsort(dim=0)  # (3, B)
+    factor = 1 + 0.3 * (2 * torch.rand(order.shape, generator=generator) - 1)
+    return apply_operations(images, ops[order], factor)
 
 
 # ---- After the pixels are numbers: normalize, erase, mix ----
@@ -449,19 +442,23 @@ def normalize(images: Tensor) -> Tensor:
 class RandomErasing:
     """Random erasing (Zhong et al., 2020) of normalized images: float (B, 3, H, W) in and out.
 
-    With the given probability, one box of 2 % to 1/3 of the area and log-uniform aspect 0.3 to 1/0.3 is
-    filled with N(0, 1), a draw of its own for every pixel and channel; an image in which none of 10 boxes
-    fits is left alone. The boxes are the same on every device, the noise is not.
+    With the given probability, a box of 2 % to 1/3 of the area and log-uniform aspect 0.3 to 1/0.3 is filled
+    with N(0, 1), drawn for every pixel and channel; an image in which none of 10 boxes fits stays as it is.
+    The boxes are the same on every device, the noise is not.
     """
 
-    def __init__(self, probability: float = 0.25, inplace: bool = False):
-        self.probability, self.inplace = probability, inplace
+    def __init__(self, probability: float = 0.25):
+        self.probability = probability
 
     def __call__(self, inputs: Tensor, generator: Generator) -> Tensor:
+        return self.erase_(inputs.clone(), generator)
+
+    def erase_(self, inputs: Tensor, generator: Generator) -> Tensor:
+        """The same in place: a copy would be 4 % of the time that `Augment` takes at 224 pixels on a CPU."""
         count, channels, height, width = inputs.shape
         sides, device = torch.tensor([height, width]), inputs.device
-        boxes, found = draw_boxes(count, sides, sides - 1, (0.02, 1 / 3), 0.3, generator)
-        erased = (torch.rand(count, generator=generator) < self.probability) & found
+        boxes, fits = draw_boxes(count, sides, sides - 1, (0.02, 1 / 3), 0.3, generator)
+        erased = (torch.rand(count, generator=generator) < self.probability) & fits
         seed = torch.randint(2**62, (), generator=generator).item()
         boxes = torch.cat([boxes[erased], erased.nonzero()], dim=1)  # with the image's number
         # The noise is drawn where it is needed. How much of it is known on the CPU: nothing waits.
@@ -473,8 +470,7 @@ class RandomErasing:
         y, x = torch.arange(height, device=device), torch.arange(width, device=device)
         rows, columns = (y >= top) & (y < top + h), (x >= left) & (x < left + w)  # (k, H), (k, W)
         inside = rows[:, None, :, None] & columns[:, None, None, :]  # (k, 1, H, W)
-        outputs = inputs if self.inplace else inputs.clone()
-        return outputs.index_copy_(0, index, outputs.index_select(0, index).masked_scatter_(inside, noise))
+        return inputs.index_copy_(0, index, inputs.index_select(0, index).masked_scatter_(inside, noise))
 
 
 class Mixup:
@@ -489,11 +485,6 @@ class Mixup:
         self.mixup_alpha, self.cutmix_alpha = mixup_alpha, cutmix_alpha
         self.num_classes, self.smoothing = num_classes, smoothing
 
-    def one_hot(self, labels: Tensor) -> Tensor:
-        """Smoothed targets (B, C): ε/C everywhere and 1 - ε more at the label."""
-        one_hot = labels[:, None] == torch.arange(self.num_classes, device=labels.device)
-        return one_hot * (1 - self.smoothing) + self.smoothing / self.num_classes
-
     @staticmethod
     def box(lam: float, height: int, width: int, generator: Generator) -> tuple[int, int, int, int]:
         """CutMix's box (top, bottom, left, right): sides √(1-λ) of the image's, center uniform, clipped."""
@@ -503,7 +494,8 @@ class Mixup:
 
     def __call__(self, inputs: Tensor, labels: Tensor, generator: Generator) -> tuple[Tensor, Tensor]:
         height, width = inputs.shape[2:]
-        targets = self.one_hot(labels)
+        one_hot = labels[:, None] == torch.arange(self.num_classes, device=labels.device)
+        targets = one_hot * (1 - self.smoothing) + self.smoothing / self.num_classes
         coin = torch.rand((), generator=generator).item() < 0.5
         cut = self.cutmix_alpha > 0 and (coin or self.mixup_alpha == 0)
         alpha = self.cutmix_alpha if cut else self.mixup_alpha
@@ -519,11 +511,6 @@ class Mixup:
         else:
             mixed = inputs.flip(0).lerp_(inputs, lam)
         return mixed, torch.lerp(targets.flip(0), targets, lam)
-
-
-# ---- The whole path ----
-
-POLICIES = {"randaugment": RandAugment, "autoaugment": AutoAugment, "none": ColorJitter}
 
 
 class Augment:
@@ -542,8 +529,9 @@ class Augment:
         cutmix: float = 1.0,
         smoothing: float = 0.1,
     ):
-        self.policy = None if policy == "off" else POLICIES[policy]()
-        self.erase = RandomErasing(erasing, inplace=True)
+        policies = {"randaugment": RandAugment(), "autoaugment": AutoAugment(), "none": color_jitter}
+        self.policy = None if policy == "off" else policies[policy]
+        self.erasing = RandomErasing(erasing)
         self.mix = Mixup(mixup, cutmix, num_classes, smoothing)
 
     def __call__(self, images: Tensor, labels: Tensor, generator: Generator) -> tuple[Tensor, Tensor]:
@@ -551,17 +539,15 @@ class Augment:
             raise ValueError(f"images must be uint8, not {images.dtype}")
         if self.policy is not None:
             images = self.policy(random_flip(images, generator), generator)
-        inputs = self.erase(normalize(images), generator)
+        inputs = self.erasing.erase_(normalize(images), generator)
         return self.mix(inputs, labels, generator)
 
 
 class RepeatedAugmentSampler(Sampler[int]):
-    """Repeated augmentation (Hoffer et al., 2020; Table 7): each image several times in a shuffled list.
+    """Repeated augmentation (Hoffer et al., 2020; Table 7): a shuffle with each image several times in a row.
 
-    Its repeats stand in a row. The list is dealt to the replicas in turn, so that they meet in one step. An
-    epoch keeps about `dataset_size` samples of it, that is 1/num_repeats of the images: each rank
-    (N // 256 · 256) / W of them, or N / W where N < 256, rounded down. On one process it is the same. With
-    num_repeats = 1 it is a plain shuffle of all images, N / W for each rank.
+    The ranks take turns, so that the repeats of an image are in one step. For N images each of W ranks has
+    N // 256 · 256 / W samples an epoch, or N / W where N < 256 or num_repeats = 1, rounded down.
     """
 
     def __init__(self, dataset_size: int, num_replicas: int, rank: int, num_repeats: int = 3, seed: int = 0):

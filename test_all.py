@@ -269,8 +269,9 @@ def test_attention_is_equation_1():
         shares[head, n] = scores.exp() / scores.exp().sum()
         expected[n, part] = sum(shares[head, n, m] * values[m, part] for m in range(5))
     torch.testing.assert_close(layer(x)[1], layer.proj(expected))
-    torch.testing.assert_close(layer.weights(x)[1], shares)
-    torch.testing.assert_close(attend(*layer.split(x))[0][1].transpose(0, 1).flatten(1), expected)
+    outputs, weights = attend(*layer.split(x))
+    torch.testing.assert_close(weights[1], shares)
+    torch.testing.assert_close(outputs[1].transpose(0, 1).flatten(1), expected)
 
 
 def test_a_block_agrees_with_torchs_pre_norm_encoder_layer():
@@ -301,7 +302,7 @@ def test_gradients_are_finite_differences():
     assert torch.autograd.gradcheck(loss, tuple(named.values()), fast_mode=True)
 
 
-def test_tokens_are_class_distillation_patches_row_by_row_and_each_head_reads_its_own():
+def test_tokens_are_class_distillation_patches_row_by_row():
     model = create_model("tiny", img_size=32, patch_size=8, distilled=True, num_classes=7).eval()
     images = torch.randn(2, 3, 32, 32)
     x = model.embed(images)
@@ -311,12 +312,26 @@ def test_tokens_are_class_distillation_patches_row_by_row_and_each_head_reads_it
     patch = images[1, :, 8:16, 16:24].flatten()  # row 1, column 2
     weight, bias = model.patch_embed.proj.weight.flatten(1), model.patch_embed.proj.bias
     torch.testing.assert_close(tokens[1, 2 + 1 * 4 + 2], weight @ patch + bias, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("distilled", [False, True])
+def test_features_are_a_loop_over_the_blocks_and_each_head_reads_its_own_prefix_token(distilled):
+    model = create_model("tiny", img_size=32, patch_size=8, distilled=distilled, num_classes=7).eval()
+    images = torch.randn(2, 3, 32, 32)
+    x = model.embed(images)  # (2, N, 192)
     for block, weights in zip(model.blocks, model.attention_weights(images), strict=True):
-        torch.testing.assert_close(weights, block.attn.weights(block.norm1(x)))
-        x = block(x)  # all tokens, where forward computes only those that are read
-    x = F.layer_norm(x, (192,), model.norm.weight, model.norm.bias, eps=1e-6)
-    expected = tuple(x[:, n] @ h.weight.T + h.bias for n, h in enumerate((model.head, model.head_dist)))
-    torch.testing.assert_close(model(images), expected)
+        outputs, expected = attend(*block.attn.split(block.norm1(x)))  # all tokens, as written in equation 1
+        torch.testing.assert_close(weights, expected)
+        x = x + block.attn.proj(outputs.transpose(1, 2).flatten(2))
+        x = x + block.mlp.fc2(F.gelu(block.mlp.fc1(block.norm2(x))))
+    features = model.forward_features(images)
+    assert features.shape == (2, 16 + 1 + distilled, 192)
+    expected = F.layer_norm(x, (192,), model.norm.weight, model.norm.bias, eps=1e-6)
+    torch.testing.assert_close(features, expected)
+    heads = [model.head, *([model.head_dist] if distilled else [])]
+    logits = [features[:, n] @ head.weight.T + head.bias for n, head in enumerate(heads)]
+    expected = tuple(logits) if distilled else logits[0]
+    torch.testing.assert_close(model(images), expected)  # which computes only the tokens that are read
     torch.testing.assert_close(model.train()(images), expected)  # without dropout training is the same
 
 
@@ -754,7 +769,7 @@ def test_autoaugment_draws_sub_policies_evenly_and_applies_each_operation_with_i
 
 
 def test_color_jitter_does_its_three_operations_in_any_order_within_its_strength(drawn):
-    order, factors = map(torch.stack, zip(*drawn(augment.ColorJitter(), 60_000), strict=True))
+    order, factors = map(torch.stack, zip(*drawn(augment.color_jitter, 60_000), strict=True))
     orders = itertools.permutations([NAMES.index(name) for name in ("Brightness", "Contrast", "Color")])
     digits = {int(225 * a + 15 * b + c): 1 / 6 for a, b, c in orders}
     assert follows(225 * order[0] + 15 * order[1] + order[2], digits)
@@ -839,7 +854,7 @@ def test_erasing_happens_with_its_probability_to_a_copy(probability):
     outputs = augment.RandomErasing(probability)(inputs, generator())
     assert torch.equal(inputs, before)
     assert follows((outputs != inputs).flatten(1).any(dim=1), {True: probability})
-    assert augment.RandomErasing(probability, inplace=True)(inputs, generator()) is inputs
+    assert augment.RandomErasing(probability).erase_(inputs, generator()) is inputs
     assert torch.equal(inputs, outputs)  # and the same generator gives the same noise
 
 
@@ -918,7 +933,9 @@ def test_the_partner_is_the_reversed_batch_and_targets_are_mixed_as_inputs(mixup
     assert torch.equal(inputs, before)
 
 
-POLICIES = dict(randaugment=augment.RandAugment, autoaugment=augment.AutoAugment, none=augment.ColorJitter)
+POLICIES = dict(
+    randaugment=augment.RandAugment(), autoaugment=augment.AutoAugment(), none=augment.color_jitter
+)
 
 
 @pytest.mark.parametrize("policy", [*POLICIES, "off"])
@@ -929,7 +946,7 @@ def test_a_step_is_flip_policy_normalize_erase_mix_and_follows_its_generator(pol
     step = augment.Augment(10, policy, erasing=0.25, mixup=0.8, cutmix=1.0, smoothing=0.1)
     draws, mine, expected = generator(3), generator(3), images
     if policy != "off":
-        expected = POLICIES[policy]()(augment.random_flip(images, draws), draws)
+        expected = POLICIES[policy](augment.random_flip(images, draws), draws)
     expected = augment.RandomErasing(0.25)(augment.normalize(expected), draws)
     expected = augment.Mixup(0.8, 1.0, 10, 0.1)(expected, labels, draws)
     inputs, targets = step(images, labels, mine)
