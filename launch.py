@@ -216,6 +216,12 @@ def end_program(text: str, code: int) -> NoReturn:
     sys.exit(code)
 
 
+def end_by_signal(number: int, text: str) -> NoReturn:
+    """Ends the program because of a signal to stop; rank 0 says so."""
+    text = f"stopped by {signal.Signals(number).name} {text}" if rank() == 0 else ""
+    end_program(text, 128 + number)
+
+
 def run_program(main: Callable[[], None]) -> None:
     """Runs a script's main function. A user's mistake ends it with one line; a bug keeps its traceback."""
     sys.stdout.reconfigure(errors="backslashreplace")  # a terminal without × and τ shows their codes

@@ -12,7 +12,6 @@ processes of a CPU it ends bit for bit as if it never was, but for the times in 
 import hashlib
 import json
 import math
-import signal
 import time
 from collections import Counter
 from collections.abc import Iterator
@@ -28,13 +27,14 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 import checkpoint
 import launch
 import networks
+import settings
 from augment import Augment, keyed_generator, normalize
 from data import DataSet, eval_batches, fingerprint, load_data, steps_per_epoch, train_batches
 from distill import LOSSES, Teacher
 from labels import RememberedLabels
-from launch import UserError, autocast, print0, rank, world_size
+from launch import autocast, print0, rank, world_size
 from model import SIZES, create_model, fuse
-from settings import Parser, Settings, build_parser, check, complete, describe
+from settings import Settings
 
 # ---- Network, optimizer, schedule ----
 
@@ -62,6 +62,13 @@ def build_optimizer(network: nn.Module, s: Settings) -> torch.optim.Optimizer:
     if s.optimizer == "sgd":  # not fused: after a first step that a GradScaler skips its momentum is garbage
         return torch.optim.SGD(groups, lr=0.0, momentum=0.9, nesterov=True, fused=False)
     return torch.optim.AdamW(groups, lr=0.0, betas=(0.9, 0.999), eps=1e-8, fused=device != "mps")
+
+
+def build_ema(network: nn.Module, decay: float) -> AveragedModel:
+    """The moving average of a network's weights and buffers, which starts from those that it has."""
+    ema = AveragedModel(network, multi_avg_fn=get_ema_multi_avg_fn(decay), use_buffers=True)
+    ema.n_averaged += 1
+    return ema
 
 
 def learning_rate(step: int, steps: int, warmup: int, s: Settings) -> float:
@@ -112,7 +119,7 @@ def evaluate(network: nn.Module, data: DataSet, s: Settings, device: torch.devic
         counts[1:] += torch.stack([(head.argmax(dim=1) == labels).sum() for head in scores])
     seen, *right = launch.all_reduce(counts).tolist()
     if seen == 0:
-        raise UserError("none of the validation images can be read")
+        raise launch.UserError("none of the validation images can be read")
     return {name: 100 * count / seen for name, count in zip(names, right, strict=True)}
 
 
@@ -145,10 +152,7 @@ def train(
     steps, warmup = s.epochs * per_epoch, round(s.warmup_epochs * per_epoch)
 
     network = network.to(device)
-    ema = None
-    if s.ema:
-        ema = AveragedModel(network, multi_avg_fn=get_ema_multi_avg_fn(s.ema), use_buffers=True)
-        ema.n_averaged += 1  # the average starts from the initial weights
+    ema = build_ema(network, s.ema) if s.ema else None
     optimizer = build_optimizer(network, s)
     scaler = torch.amp.GradScaler(device.type, enabled=s.precision == "fp16")
     used = {"classes": train_set.classes, "teacher_weights": str(teacher.weights) if teacher else ""}
@@ -214,9 +218,7 @@ def train(
             if stop or (s.save_every and step % s.save_every == 0 and step % per_epoch):
                 run.save(step, log, loss_sum)
             if stop:
-                name = signal.Signals(stop).name
-                text = f"stopped by {name} after step {step} of {steps}; all is saved; go on with --resume"
-                launch.end_program(text if rank() == 0 else "", 128 + stop)
+                launch.end_by_signal(stop, f"after step {step} of {steps}; all is saved; go on with --resume")
 
         rate = (step - first) * s.batch_size / (time.monotonic() - started)
         run.save(step, log, loss_sum)  # whoever is killed in the evaluation evaluates again
@@ -230,12 +232,17 @@ def train(
         run.end_epoch(step, log, best)
         loss_sum.zero_()
         print0(f"epoch {epoch + 1}/{s.epochs}  loss {loss:.3f}  val {accuracy_line(accuracy)}")
-        broken = sorted(set().union(*launch.all_gather(train_set.broken | val_set.broken)))
-        if broken:
-            named = ", ".join(broken[:3])
-            print0(f"{len(broken)} image files cannot be read so far and are left out, such as {named}")
+        print_broken(train_set.broken | val_set.broken)
     signals.restore()
     return log[-1]["accuracy"]
+
+
+def print_broken(paths: set[str]) -> None:
+    """Prints how many image files were left out so far, by all processes together."""
+    paths = sorted(set().union(*launch.all_gather(paths)))
+    if paths:
+        named = ", ".join(paths[:3])
+        print0(f"{len(paths)} image files cannot be read so far and are left out, such as {named}")
 
 
 # ---- The teacher ----
@@ -249,13 +256,13 @@ def teacher_settings(s: Settings, train_set: DataSet) -> Settings:
     """
     names = ["data", "data_path", "limit", "img_size", *(["patch_size"] if s.teacher in SIZES else [])]
     given = {name: getattr(s, name) for name in names} | {"model": s.teacher, "epochs": s.teacher_epochs}
-    deciding = {k: v for k, v in asdict(complete(given)).items() if k not in checkpoint.ADJUSTABLE}
+    deciding = {k: v for k, v in asdict(settings.complete(given)).items() if k not in checkpoint.ADJUSTABLE}
     deciding |= {"precision": "any", "data": fingerprint(train_set)}
     deciding |= {"path": s.data != "shapes" and str(Path(s.data_path).resolve())}
     digest = hashlib.sha256(json.dumps(deciding, sort_keys=True).encode()).hexdigest()[:8]
     out = Path(s.out).parent / f"teacher-{s.data}-{s.img_size}px-{s.teacher}-{digest}"
     given |= {name: getattr(s, name) for name in ("precision", "device", "workers", "compile", "accumulate")}
-    t, parts = complete(given | {"out": str(out), "resume": True}), world_size() * s.accumulate
+    t, parts = settings.complete(given | {"out": str(out), "resume": True}), world_size() * s.accumulate
     t.batch_size = max(1, min(t.batch_size, len(train_set)) // parts) * parts
     return t
 
@@ -282,7 +289,7 @@ def check_teacher(accuracy: float, val_set: DataSet) -> None:
     if accuracy <= largest:
         text = f"the teacher has {accuracy:.2f} %, where naming the largest class alone has {largest:.2f} %"
         remedy = "raise --teacher-epochs, name a better one with --teacher-weights, or use --distill none"
-        raise UserError(f"{text}; {remedy}")
+        raise launch.UserError(f"{text}; {remedy}")
 
 
 def load_teacher(
@@ -291,7 +298,9 @@ def load_teacher(
     """The teacher in s.teacher_weights, on the device; it is trained first if there are none."""
     classes = train_set.classes
     if s.teacher_weights == "published" and not networks.is_imagenet(classes, len(classes)):
-        raise UserError(f"published knows ImageNet's 1000 classes; the data set has others: {classes[0]!r}")
+        raise launch.UserError(
+            f"published knows ImageNet's 1000 classes; the data set has others: {classes[0]!r}"
+        )
     weights = s.teacher_weights or train_teacher(s, train_set, val_set, device)
 
     def load() -> Teacher:
@@ -325,7 +334,7 @@ def introduce(
     counts = Counter(torch.as_tensor(train_set.labels).tolist())
     names = [f"{name} {counts[label]}" for label, name in enumerate(train_set.classes)]
     print0(f"  {', '.join(names[:10])}{f' and {len(names) - 10} more' if len(names) > 10 else ''}")
-    describe(s)
+    settings.describe(s)
     size, peak = sum(p.numel() for p in network.parameters()), s.lr * s.batch_size / 512
     per_epoch = steps_per_epoch(train_set, s)
     print0(
@@ -355,17 +364,17 @@ ABOUT = """Trains a DeiT, or a convnet that teaches one, such as:  python train.
 recipes, which RECIPES in settings.py shows; --data imagenet has the paper's."""
 
 
-def train_parser() -> Parser:
+def train_parser() -> settings.Parser:
     """The flags, and their values for bare `python train.py`."""
-    return build_parser("train.py", ABOUT, asdict(complete({})) | {"precision": "auto"})
+    return settings.build_parser("train.py", ABOUT, asdict(settings.complete({})) | {"precision": "auto"})
 
 
 def main() -> None:
     started = time.monotonic()
     given = vars(train_parser().parse_args())
-    s = complete(given)
+    s = settings.complete(given)
     s = checkpoint.resumed_settings(given, s.out) or s
-    check(s)
+    settings.check(s)
     networks.check_networks(s)
     device = launch.init(s.device)
     train_set, val_set = load_data(s, device)
