@@ -40,6 +40,10 @@ class FinetuneSettings(Settings):
         "all", tuple(TRAINED), "what learns; attention: with position embeddings and heads", flag="--train"
     )
 
+    @property
+    def inputs(self) -> list[str]:
+        return [*super().inputs, self.checkpoint]
+
 
 # Table 7 has both optimizers. The rates are per 512 images.
 ADAMW = dict(optimizer="adamw", lr=5e-4, weight_decay=1e-8)

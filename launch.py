@@ -184,25 +184,35 @@ def user_errors() -> Iterator[None]:
         raise UserError(str(error)) from error
 
 
+# Ctrl-C, a scheduler, and a terminal that is closed
+STOP_SIGNALS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]
+
+
 class StopSignals:
-    """Notes SIGINT and SIGTERM, for the loop to look at between two steps."""
+    """Notes a signal to stop, for the loop to look at between two steps."""
 
     def __init__(self):
         self.received = 0  # the signal's number
         # a group of its own, so that no GPU waits for the answer
         self.group = dist.new_group(backend="gloo") if world_size() > 1 else None
-        self.handlers = {n: signal.signal(n, self.note) for n in (signal.SIGINT, signal.SIGTERM)}
+        self.handlers = {number: signal.signal(number, self.note) for number in STOP_SIGNALS}
 
     def note(self, number: int, frame) -> None:
         self.received = number
 
-    def asked(self, step: int) -> int:
-        """The signal that any process received, or 0; several processes ask each other every ten steps."""
-        if self.group is None or step % 10:
-            return self.received if self.group is None else 0
-        flag = torch.tensor(self.received)
-        dist.all_reduce(flag, dist.ReduceOp.MAX, group=self.group)
-        return flag.item()
+    def asked(self) -> int:
+        """The signal that any process received, or 0; all processes ask together."""
+        received = torch.tensor(self.received)
+        if self.group is not None:
+            dist.all_reduce(received, dist.ReduceOp.MAX, group=self.group)
+        return received.item()
+
+    def end_if_asked(self, step: int, steps: int) -> None:
+        """Ends the program if a signal has come; all that is to be kept is saved by then."""
+        if number := self.asked():
+            name = signal.Signals(number).name
+            text = f"stopped by {name} after step {step} of {steps}; all is saved; go on with --resume"
+            end_program(text if rank() == 0 else "", 128 + number)
 
     def restore(self) -> None:
         for number, handler in self.handlers.items():
@@ -214,12 +224,6 @@ def end_program(text: str, code: int) -> NoReturn:
     print0("", end="")
     print(printable(text), end="\n" if text else "", file=sys.stderr, flush=True)
     sys.exit(code)
-
-
-def end_by_signal(number: int, text: str) -> NoReturn:
-    """Ends the program because of a signal to stop; rank 0 says so."""
-    text = f"stopped by {signal.Signals(number).name} {text}" if rank() == 0 else ""
-    end_program(text, 128 + number)
 
 
 def run_program(main: Callable[[], None]) -> None:

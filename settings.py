@@ -12,6 +12,7 @@ import re
 import textwrap
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
 from typing import NamedTuple
 
 from launch import UserError, choose_precision, device_type, did_you_mean, print0, world_size
@@ -168,6 +169,11 @@ class Settings:
     @property
     def needs_teacher(self) -> bool:
         return DISTILLATION[self.distill].teacher
+
+    @property
+    def inputs(self) -> list[str]:
+        """The checkpoints that the run begins with."""
+        return [self.teacher_weights]
 # fmt: on
 
 
@@ -207,6 +213,9 @@ def check(s: Settings) -> None:
         raise UserError(f"--warmup-epochs must be less than --epochs, {s.epochs}")
     if s.distill == "label" and not s.distilled:
         raise UserError("--distill label needs a transformer and no --no-distill-token")
+    for path in s.inputs if s.overwrite else ():
+        if Path(s.out).resolve() in Path(path).resolve().parents:
+            raise UserError(f"{path} is in --out, where --overwrite would remove it; choose another --out")
     if s.data == "shapes" and s.data_path != Settings.data_path:
         raise UserError("--data-path has no use for shapes; for pictures of your own add --data folder")
 

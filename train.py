@@ -1,12 +1,10 @@
 """Training: the loop for students, teachers and fine-tuning (section 6, Table 9).
 
-    python train.py --model tiny --distill hard                         # minutes on a laptop
-    python train.py --data cifar10 --model tiny --distill hard          # one GPU
+    python train.py --model tiny --distill hard      # minutes on a laptop
     torchrun --nproc_per_node 8 train.py --data imagenet --data-path IMAGENET --model base --distill hard
 
-`train` is the loop, and `main` at the end is a run from its flags to its accuracy. The defaults of a data set
-are its recipe (settings.py). A run that was stopped or killed anywhere goes on with --resume; on one or two
-processes of a CPU it ends bit for bit as if it never was, but for the times in its log.
+`train` is the loop, and `main` at the end is a run from its flags to its accuracy. A run that was stopped or
+killed anywhere goes on with --resume; on one or two processes of a CPU it ends bit for bit as if it had not.
 """
 
 import hashlib
@@ -214,11 +212,9 @@ def train(
                 run.check_finite(step, loss_sum)
                 mean = loss_sum.item() / (step - epoch * per_epoch)
                 progress.show(step, f"epoch {epoch + 1}  step {step}/{steps}  loss {mean:.3f}  lr {lr:.2e}")
-            stop = signals.asked(step)
-            if stop or (s.save_every and step % s.save_every == 0 and step % per_epoch):
+            if signals.asked() or (s.save_every and step % s.save_every == 0 and step % per_epoch):
                 run.save(step, log, loss_sum)
-            if stop:
-                launch.end_by_signal(stop, f"after step {step} of {steps}; all is saved; go on with --resume")
+                signals.end_if_asked(step, steps)
 
         rate = (step - first) * s.batch_size / (time.monotonic() - started)
         run.save(step, log, loss_sum)  # whoever is killed in the evaluation evaluates again
@@ -232,17 +228,11 @@ def train(
         run.end_epoch(step, log, best)
         loss_sum.zero_()
         print0(f"epoch {epoch + 1}/{s.epochs}  loss {loss:.3f}  val {accuracy_line(accuracy)}")
-        print_broken(train_set.broken | val_set.broken)
+        if broken := set().union(*launch.all_gather(train_set.broken | val_set.broken)):
+            print0(f"{len(broken)} image files cannot be read so far and are left out, such as {min(broken)}")
+        signals.end_if_asked(step, steps)  # one that came during the evaluation
     signals.restore()
     return log[-1]["accuracy"]
-
-
-def print_broken(paths: set[str]) -> None:
-    """Prints how many image files were left out so far, by all processes together."""
-    paths = sorted(set().union(*launch.all_gather(paths)))
-    if paths:
-        named = ", ".join(paths[:3])
-        print0(f"{len(paths)} image files cannot be read so far and are left out, such as {named}")
 
 
 # ---- The teacher ----
@@ -254,38 +244,33 @@ def teacher_settings(s: Settings, train_set: DataSet) -> Settings:
     Its directory stands beside the student's. Its name ends in a hash of all that decides what the teacher
     becomes, so that students of any settings and seeds share one, and other data never do.
     """
-    names = ["data", "data_path", "limit", "img_size", *(["patch_size"] if s.teacher in SIZES else [])]
-    given = {name: getattr(s, name) for name in names} | {"model": s.teacher, "epochs": s.teacher_epochs}
-    deciding = {k: v for k, v in asdict(settings.complete(given)).items() if k not in checkpoint.ADJUSTABLE}
-    deciding |= {"precision": "any", "data": fingerprint(train_set)}
-    deciding |= {"path": s.data != "shapes" and str(Path(s.data_path).resolve())}
-    digest = hashlib.sha256(json.dumps(deciding, sort_keys=True).encode()).hexdigest()[:8]
-    out = Path(s.out).parent / f"teacher-{s.data}-{s.img_size}px-{s.teacher}-{digest}"
-    given |= {name: getattr(s, name) for name in ("precision", "device", "workers", "compile", "accumulate")}
-    t, parts = settings.complete(given | {"out": str(out), "resume": True}), world_size() * s.accumulate
+    shared = ["data", "data_path", "limit", "img_size", *(["patch_size"] if s.teacher in SIZES else [])]
+    shared += ["precision", "device", "workers", "compile", "accumulate", "save_every"]
+    given = {name: getattr(s, name) for name in shared} | {"model": s.teacher, "epochs": s.teacher_epochs}
+    t = settings.complete(given | {"resume": True})
+    deciding = {k: v for k, v in asdict(t).items() if k not in checkpoint.ADJUSTABLE and k != "precision"}
+    path = "" if s.data == "shapes" else str(Path(s.data_path).resolve())
+    text = json.dumps([deciding, path, fingerprint(train_set)], sort_keys=True)
+    digest = hashlib.sha256(text.encode()).hexdigest()[:8]
+    t.out = str(Path(s.out).parent / f"teacher-{s.data}-{s.img_size}px-{s.teacher}-{digest}")
+    parts = world_size() * s.accumulate
     t.batch_size = max(1, min(t.batch_size, len(train_set)) // parts) * parts
     return t
 
 
 def train_teacher(s: Settings, train_set: DataSet, val_set: DataSet, device: torch.device) -> str:
-    """The checkpoint of a teacher of the same data: an earlier run's, or that of a run that is made now."""
+    """The checkpoint of a teacher of the same data: a run like any other, and one that has ended is read."""
     t = teacher_settings(s, train_set)
-    log = launch.all_gather(checkpoint.read_log(t.out))[0]
-    if len(log) == t.epochs:
-        accuracy = log[-1]["accuracy"]
-        print0(f"teacher: {t.out}/last.pth, trained earlier, {top1(accuracy):.2f} % top-1")
-    else:
-        print0(f"teacher: training a {t.model} first, {t.epochs} epochs, in {t.out}")
-        accuracy = train(build_network(t, len(train_set.classes)), t, train_set, val_set, device)
-        print0(f"teacher: {top1(accuracy):.2f} % top-1")
-    check_teacher(top1(accuracy), val_set)
+    print0(f"teacher: a {t.model} of {t.epochs} epochs, in {t.out}")
+    accuracy = top1(train(build_network(t, len(train_set.classes)), t, train_set, val_set, device))
+    print0(f"teacher: {accuracy:.2f} % top-1")
+    check_teacher(accuracy, val_set)
     return f"{t.out}/last.pth"
 
 
 def check_teacher(accuracy: float, val_set: DataSet) -> None:
     """Raises UserError where a teacher is no better than to name the largest class of every image."""
-    counts = torch.as_tensor(val_set.labels).bincount()
-    largest = 100 * counts.max().item() / len(val_set)
+    largest = 100 * torch.as_tensor(val_set.labels).bincount().max().item() / len(val_set)
     if accuracy <= largest:
         text = f"the teacher has {accuracy:.2f} %, where naming the largest class alone has {largest:.2f} %"
         remedy = "raise --teacher-epochs, name a better one with --teacher-weights, or use --distill none"
@@ -298,9 +283,8 @@ def load_teacher(
     """The teacher in s.teacher_weights, on the device; it is trained first if there are none."""
     classes = train_set.classes
     if s.teacher_weights == "published" and not networks.is_imagenet(classes, len(classes)):
-        raise launch.UserError(
-            f"published knows ImageNet's 1000 classes; the data set has others: {classes[0]!r}"
-        )
+        text = f"published knows ImageNet's 1000 classes; the data set has others: {classes[0]!r}"
+        raise launch.UserError(text)
     weights = s.teacher_weights or train_teacher(s, train_set, val_set, device)
 
     def load() -> Teacher:
@@ -340,6 +324,9 @@ def introduce(
     print0(
         f"{size:,} parameters, {s.epochs * per_epoch} steps, learning rate {peak:.3g}; the run is in {s.out}"
     )
+    if s.ema and (memory := round(1 / (1 - s.ema))) > s.epochs * per_epoch:
+        text = f"--ema {s.ema} averages over {memory} steps, and the run has only {s.epochs * per_epoch}"
+        raise launch.UserError(f"{text}; try --ema {1 - 10 / (s.epochs * per_epoch):.3g}")
     if per_epoch < 10 and all(p.requires_grad for p in network.parameters()):  # not of the heads alone
         print0(f"an epoch has only {per_epoch} steps: of so few images a smaller --batch-size learns more")
     if not checkpoint.holds_run(s.out):
@@ -349,11 +336,9 @@ def introduce(
 def report(s: Settings, accuracy: dict[str, float], started: float) -> None:
     """Prints what came out, where it is, and what to do next."""
     minutes, begin = (time.monotonic() - started) / 60, "--resume" if s.resume else "the start"
-    print0(f"\n{s.model} on {s.data}, top-1 in validation, {minutes:.1f} minutes after {begin}:")
-    for head, percent in accuracy.items():
-        print0(f"  {head:12} {percent:6.2f} %")
     best = max(checkpoint.read_log(s.out), key=lambda record: top1(record["accuracy"]))
     best = f"best.pth (epoch {best['epoch']}, {top1(best['accuracy']):.2f} %)"
+    print0(f"\n{s.model} on {s.data}, {minutes:.1f} minutes after {begin}: {accuracy_line(accuracy)}")
     print0(f"The run is in {s.out}: last.pth, {best}, log.jsonl, settings.json.")
     print0(f"Next:  python evaluate.py accuracy {s.out}/last.pth")
 
