@@ -18,14 +18,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from checkpoint import file_hash, locate
+from checkpoint import locate
 from data import DataSet, fingerprint, steps_per_epoch
 from distill import Teacher
 from launch import all_gather, print0, rank, world_size
 from networks import published_url
 from settings import Settings
 
-# What decides what a teacher sees and says, besides its weights and the data
+# What decides what a teacher sees and says, besides its weights, the data and the program
 DECIDING = ("teacher", "img_size", "patch_size", "augment", "mixup", "cutmix", "erasing", "repeats")
 DECIDING += ("batch_size", "accumulate", "precision", "seed")
 
@@ -33,44 +33,42 @@ DECIDING += ("batch_size", "accumulate", "precision", "seed")
 class RememberedLabels:
     """A teacher that answers from a file with its label of every sample that this process trains on.
 
-    `weights` names its checkpoint; `load` gives the teacher itself, and is called only if there is something
-    to ask. What a killed run did not write is unknown, never wrong.
+    `weights` names its checkpoint; `load` gives the teacher itself, and is called only if a label is missing.
     """
 
     def __init__(
         self, s: Settings, train_set: DataSet, weights: str, load: Callable[[], Teacher], device: torch.device
     ):
-        self.weights = weights
-        file = locate(published_url(s.teacher) if weights == "published" else weights)
+        self.weights, self.num_classes = weights, len(train_set.classes)
         deciding = [getattr(s, name) for name in DECIDING]
-        deciding += [fingerprint(train_set), file_hash(file), device.type, rank(), world_size()]
-        # Another version may draw otherwise, or an edit of these two files.
-        deciding += [file_hash(Path(__file__).with_name(name)) for name in ("augment.py", "data.py")]
-        deciding += [torch.__version__, np.__version__]
-        digest = hashlib.sha256(repr(deciding).encode()).hexdigest()[:16]
-        path, self.num_classes = Path(s.out).parent / f"labels-{digest}", len(train_set.classes)
+        deciding += [fingerprint(train_set), device.type, rank(), world_size()]
+        deciding += [torch.__version__, np.__version__]  # other versions may draw otherwise
+        files = [locate(published_url(s.teacher) if weights == "published" else weights)]
+        files += [Path(__file__).with_name(name) for name in ("augment.py", "data.py")]  # and so may an edit
+        deciding += [hashlib.sha256(file.read_bytes()).hexdigest() for file in files]
+        path = Path(s.out).parent / f"labels-{hashlib.sha256(repr(deciding).encode()).hexdigest()[:16]}"
 
         steps = s.epochs * steps_per_epoch(train_set, s)
         shape = (steps, s.accumulate, s.batch_size // world_size() // s.accumulate)
-        # Counted from 1. What the file does not hold, because it ends or has a hole, reads as 0: unknown.
-        self.known = np.zeros(shape, np.uint8 if self.num_classes < 256 else np.uint16)
+        # Counted from 1. What the file does not hold, because it ends or has a hole, reads as 0.
+        self.labels = np.zeros(shape, np.uint8 if self.num_classes < 256 else np.uint16)
         path.touch()
-        stored = np.fromfile(path, self.known.dtype, self.known.size)
-        self.known.flat[: len(stored)] = stored
-        self.on_device = torch.from_numpy(self.known).to(device)
+        stored = np.fromfile(path, self.labels.dtype, self.labels.size)
+        self.labels.flat[: len(stored)] = stored
+        self.on_device = torch.from_numpy(self.labels).to(device)
         self.file = open(path, "r+b", buffering=0)  # noqa: SIM115
-        share, size = 100 * (self.known > 0).mean(), self.known.nbytes / 1e6
+        share, size = 100 * (self.labels > 0).mean(), self.labels.nbytes / 1e6
         print0(f"the teacher's labels: {path}, {size:.1f} MB for each process, {share:.0f} % are known")
-        self.teacher = None if all(all_gather(bool(self.known.all()))) else load()
+        self.teacher = None if all(all_gather(bool(self.labels.all()))) else load()
 
     def logits(self, inputs: Tensor, key: tuple) -> Tensor:
         """The labels of the inputs of that key (seed, step, part, rank), as one-hot logits (B, C)."""
         _, step, part, _ = key
-        if self.known[step, part].all():
+        if self.labels[step, part].all():
             labels = self.on_device[step, part].long() - 1
         else:
             labels = self.teacher.logits(inputs, key).argmax(dim=-1)
-            self.known[step, part] = labels.cpu() + 1
-            self.file.seek(self.known[:step].nbytes + self.known[step, :part].nbytes)
-            self.file.write(self.known[step, part])
+            self.labels[step, part] = labels.cpu() + 1
+            self.file.seek(self.labels[:step].nbytes + self.labels[step, :part].nbytes)
+            self.file.write(self.labels[step, part])
         return F.one_hot(labels, self.num_classes)

@@ -2,7 +2,7 @@
 
 `create_convnet` makes `vgg8`, a RegNetY or one of torchvision's, with fresh weights. `create_teacher` makes a
 frozen network, with weights from a file or published ones. `load_network` finds any trained network: ours,
-the authors' DeiT checkpoints by short name, their RegNetY-16GF in its own layout of keys, torchvision's.
+the authors' DeiT checkpoints by short name, torchvision's.
 """
 
 import math
@@ -14,7 +14,8 @@ import torchvision
 from torch import Tensor, nn
 from torchvision.models.regnet import BlockParams, RegNet
 
-from checkpoint import OFFICIAL, checkpoint_weights, is_url, read_checkpoint
+from augment import MEAN
+from checkpoint import OFFICIAL, checkpoint_weights, read_checkpoint
 from launch import UserError, did_you_mean, user_errors, world_size
 from model import SIZES, check_fit, create_model
 from settings import Settings
@@ -31,6 +32,7 @@ REGNETY = {
     "regnet_y_12gf": ((2, 5, 11, 1), (224, 448, 896, 2240), 112),
     "regnet_y_16gf": ((2, 4, 11, 1), (224, 448, 1232, 3024), 112),
 }
+CONVNETS = ("vgg8", *REGNETY, *torchvision.models.list_models(torchvision.models))
 
 
 def vgg8(num_classes: int) -> nn.Module:
@@ -49,14 +51,10 @@ def vgg8(num_classes: int) -> nn.Module:
     return nn.Sequential(*layers, nn.AdaptiveMaxPool2d(1), nn.Flatten(), nn.Linear(256, num_classes))
 
 
-LOW_RESOLUTION = 64  # pixels: up to here the first convolution of a convnet has stride 1
-
-
 def check_name(name: str) -> None:
     """Raises UserError unless `name` is a network that can be trained or can teach."""
-    names = (*SIZES, "vgg8", *REGNETY, *torchvision.models.list_models(torchvision.models))
-    if name not in names:
-        hint = did_you_mean(name, names)
+    if name not in (*SIZES, *CONVNETS):
+        hint = did_you_mean(name, (*SIZES, *CONVNETS))
         raise UserError(f"unknown network {name!r}; take {', '.join(SIZES)}, regnet_y_4gf, resnet18{hint}")
 
 
@@ -74,18 +72,20 @@ def create_convnet(name: str, num_classes: int, img_size: int) -> nn.Module:
         network = RegNet(params, num_classes)
     else:
         check_name(name)
-        more = {"image_size": img_size} if name.startswith("vit_") else {}
+        options = {"image_size": img_size} if name.startswith("vit_") else {}
         if name in ("googlenet", "inception_v3"):  # no auxiliary heads: one network, one output
-            more = {"aux_logits": False, "init_weights": True}
-        network = torchvision.models.get_model(name, weights=None, num_classes=num_classes, **more)
-    if img_size <= LOW_RESOLUTION:
+            options = {"aux_logits": False, "init_weights": True}
+        network = torchvision.models.get_model(name, weights=None, num_classes=num_classes, **options)
+    if img_size <= 64:
         first = next(module for module in network.modules() if isinstance(module, nn.Conv2d))
         if first.stride != first.kernel_size:  # those of transformers cut patches
             first.stride = (1, 1)
     return network
 
 
-# ---- What others have published ----
+# ---- Trained networks ----
+
+IMAGENET_RUN = {"data": "imagenet", "data_path": "data", "classes": None}  # no names: ImageNet's own order
 
 
 def published_url(name: str) -> str:
@@ -95,19 +95,16 @@ def published_url(name: str) -> str:
     try:
         return torchvision.models.get_model_weights(name).DEFAULT.url
     except ValueError:
-        raise UserError(
-            f"torchvision has no weights for {name}; train.py --model {name} makes them"
-        ) from None
+        raise UserError(f"torchvision has no weights for {name}; run train.py --model {name}") from None
 
 
 def published_settings(name: str) -> dict:
     """How torchvision's published ImageNet weights of a network are to be used."""
     url = published_url(name)
-    chosen = torchvision.models.get_model_weights(name).DEFAULT.transforms.keywords
-    if chosen.get("mean", (0.485, 0.456, 0.406)) != (0.485, 0.456, 0.406):
+    transform = torchvision.models.get_model_weights(name).DEFAULT.transforms.keywords
+    if transform.get("mean", MEAN) != MEAN:
         raise UserError(f"the weights in {url} were trained on images that were normalized differently")
-    known = {"data": "imagenet", "data_path": "data", "num_classes": 1000, "classes": None}
-    return known | {"model": name, "img_size": chosen["crop_size"]}
+    return IMAGENET_RUN | {"num_classes": 1000, "model": name, "img_size": transform["crop_size"]}
 
 
 def is_imagenet(classes: list[str] | None, num_classes: int) -> bool:
@@ -115,14 +112,14 @@ def is_imagenet(classes: list[str] | None, num_classes: int) -> bool:
     return num_classes == 1000 and all(re.fullmatch(r"n\d{8}", name) for name in classes or ())
 
 
-def check_classes(source: str, known: list[str] | None, classes: list[str]) -> None:
+def check_classes(source: str, names: list[str] | None, classes: list[str]) -> None:
     """Raises UserError unless a network's classes, None where its file has no names, are a data set's.
 
     A nameless file of 1000 classes knows ImageNet's, in their one order.
     """
-    if known is None and len(classes) == 1000 and not is_imagenet(classes, 1000):
+    if names is None and len(classes) == 1000 and not is_imagenet(classes, 1000):
         raise UserError(f"{source} knows ImageNet's 1000 classes; the data set has others: {classes[0]!r}")
-    for n, (there, here) in enumerate(zip(known or classes, classes, strict=False)):
+    for n, (there, here) in enumerate(zip(names or classes, classes, strict=False)):
         if there != here:
             text = f"{source} was trained on other classes than the student's: class {n} is"
             raise UserError(f"{text} {there!r} there and {here!r} here")
@@ -142,17 +139,9 @@ PAPER_LAYOUT = (
 
 def torchvision_layout(state: dict[str, Tensor]) -> dict[str, Tensor]:
     """A RegNetY's weights with torchvision's names, whichever of the two layouts they come in."""
-    if "stem.conv.weight" not in state:
-        return state
-    renamed = {}
-    for key, value in state.items():
-        for pattern, replacement in PAPER_LAYOUT:
-            key = re.sub(pattern, replacement, key)
-        renamed[key] = value
-    return renamed
-
-
-# ---- Trained networks ----
+    for pattern, replacement in PAPER_LAYOUT if "stem.conv.weight" in state else ():
+        state = {re.sub(pattern, replacement, key): value for key, value in state.items()}
+    return state
 
 
 def num_blocks(state: dict[str, Tensor]) -> int:
@@ -160,57 +149,47 @@ def num_blocks(state: dict[str, Tensor]) -> int:
     return len({key.split(".")[1] for key in state if key.startswith("blocks.")})
 
 
-def checkpoint_settings(contents: dict) -> dict:
-    """How the network in a checkpoint was made and trained; {} if the checkpoint does not tell.
+def official_settings(state: dict[str, Tensor]) -> dict:
+    """What the weights of a DeiT tell of it, as of the authors' files; {} if they are another network's."""
+    if not {"pos_embed", "patch_embed.proj.weight", "head.weight"} <= state.keys():
+        return {}
+    num_classes, width = state["head.weight"].shape
+    patch_size = state["patch_embed.proj.weight"].shape[-1]
+    img_size = math.isqrt(state["pos_embed"].shape[1] - 1) * patch_size  # 1 or 2 tokens more than a square
+    model = {dim: name for name, (dim, _) in SIZES.items()}.get(width)
+    sizes = {"model": model, "num_classes": num_classes, "img_size": img_size, "patch_size": patch_size}
+    distill = {"distill": "hard" if "dist_token" in state else "none", "no_distill_token": False}
+    return IMAGENET_RUN | sizes | distill | {"depth": num_blocks(state)}
 
-    Ours hold their settings, to which `num_classes` is added. The weights of the authors' files, DeiT or
-    teacher, tell enough: model, sizes, distillation, the number of classes; the class names are None.
-    """
+
+def checkpoint_settings(contents: dict) -> dict:
+    """How the network in a checkpoint was made and trained, and `num_classes`; {} if it does not tell."""
     if settings := contents.get("settings"):
         return settings | ({"num_classes": len(settings["classes"])} if "classes" in settings else {})
-    state, known = checkpoint_weights(contents), {"data": "imagenet", "data_path": "data", "classes": None}
-    dims = {name: getattr(value, "ndim", None) for name, value in state.items()}
-    if {"stem.conv.weight": 4, "head.fc.weight": 2}.items() <= dims.items():
-        num_classes, width = state["head.fc.weight"].shape
-        names = {3024: "regnet_y_16gf"}  # of the authors' teacher
-        known |= {"distill": "none"}
-    elif {"pos_embed": 3, "patch_embed.proj.weight": 4, "head.weight": 2}.items() <= dims.items():
-        names = {dim: name for name, (dim, _) in SIZES.items()}
-        num_classes, width = state["head.weight"].shape
-        patch_size = state["patch_embed.proj.weight"].shape[-1]
-        img_size = math.isqrt(state["pos_embed"].shape[1] - 1) * patch_size  # 1 or 2 more than a square
-        known |= {"distill": "hard" if "dist_token" in state else "none", "depth": num_blocks(state)}
-        known |= {"img_size": img_size, "patch_size": patch_size}
-    else:
-        return {}
-    return known | {"model": names.get(width), "num_classes": num_classes, "no_distill_token": False}
+    return official_settings(checkpoint_weights(contents))
 
 
-def assemble(name: str, num_classes: int, contents: dict, source: str, **sizes: int) -> nn.Module:
-    """A network of that name with a checkpoint's weights ({}: untrained), frozen and in evaluation mode.
+def assemble(saved: dict, contents: dict, source: str) -> nn.Module:
+    """A network of the settings `saved` with the weights of a checkpoint, called `source` in messages.
 
-    It has `num_classes`, `img_size`, the pixels a side that it was made for, and `classes`, their names or
-    None. `sizes` are for a checkpoint that does not tell its own. `source` is what messages call it.
+    It is frozen and in evaluation mode; without contents it is untrained. It has `num_classes`, `img_size`,
+    the pixels a side that it was made for, and `classes`, their names or None.
     """
-    saved, state = checkpoint_settings(contents), checkpoint_weights(contents)
-    sizes |= {size: saved[size] for size in sizes if size in saved}
+    name, num_classes, state = saved["model"], saved["num_classes"], checkpoint_weights(contents)
     if name in SIZES:
-        sizes |= dict(distilled="dist_token" in state, depth=num_blocks(state) or 12)
+        sizes = {size: saved[size] for size in ("num_classes", "img_size", "patch_size")}
+        sizes |= {"distilled": "dist_token" in state, "depth": num_blocks(state) or 12}
         with user_errors(), torch.device("meta" if contents else "cpu"):  # no memory before it is seen to fit
-            network = create_model(name, num_classes=num_classes, **sizes)
+            network = create_model(name, **sizes)
     else:
-        network, state = create_convnet(name, num_classes, sizes["img_size"]), torchvision_layout(state)
+        network, state = create_convnet(name, num_classes, saved["img_size"]), torchvision_layout(state)
     if contents:
         with user_errors():
             misfit = f"{source} does not fit a {name} for {num_classes} classes"
             check_fit(network.state_dict(), state, misfit)
         network.load_state_dict(state, assign=True)
         network.float()
-    network.num_classes, network.img_size, network.classes = (
-        num_classes,
-        sizes["img_size"],
-        saved.get("classes"),
-    )
+    network.num_classes, network.img_size, network.classes = num_classes, saved["img_size"], saved["classes"]
     return network.eval().requires_grad_(False)
 
 
@@ -225,12 +204,11 @@ def create_teacher(
     our checkpoints, a plain state dict or, for regnet_y_16gf, one in the key layout of the paper's own
     teacher file. The two sizes count where the file does not tell them. Raises ValueError for misfits.
     """
-    check_name(name)
     contents = read_checkpoint(published_url(name) if weights == "published" else weights) if weights else {}
-    saved_name = checkpoint_settings(contents).get("model") or name
-    if saved_name != name:
-        raise UserError(f"{weights} holds a {saved_name}, not a {name}")
-    return assemble(name, num_classes, contents, weights, img_size=img_size, patch_size=patch_size)
+    saved = {"img_size": img_size, "patch_size": patch_size, "classes": None} | checkpoint_settings(contents)
+    if saved.get("model") not in (name, None):
+        raise UserError(f"{weights} holds a {saved['model']}, not a {name}")
+    return assemble(saved | {"model": name, "num_classes": num_classes}, contents, weights)
 
 
 def load_network(source: str) -> tuple[nn.Module, dict]:
@@ -240,35 +218,17 @@ def load_network(source: str) -> tuple[nn.Module, dict]:
     name of a torchvision classifier, with its published weights. The network has `img_size`, `num_classes`
     and `classes`, their names or None. Raises UserError for anything else.
     """
-    if source in (*REGNETY, *torchvision.models.list_models(torchvision.models)):
-        contents, saved = read_checkpoint(published_url(source)), published_settings(source)
-    else:
-        contents = read_checkpoint(source)
-        saved = checkpoint_settings(contents)
+    published = source in CONVNETS
+    contents = read_checkpoint(published_url(source) if published else source)
+    saved = published_settings(source) if published else checkpoint_settings(contents)
     if not saved.get("model") or "num_classes" not in saved:
         raise UserError(f"{source} does not say what it is; name a checkpoint of train.py or an official one")
-    sizes = dict(img_size=saved["img_size"], patch_size=saved.get("patch_size", 16))
-    return assemble(saved["model"], saved["num_classes"], contents, source, **sizes), saved
-
-
-# ---- What is refused early ----
-
-
-def check_networks(s: Settings) -> None:
-    """Raises UserError for a network, or a teacher's weights, that a run could not use, before it begins."""
-    source = s.teacher_weights
-    if source == "published" and s.needs_teacher and s.teacher not in SIZES:
-        published_settings(s.teacher)
-    elif source not in ("", "published") and not is_url(source) and not os.path.exists(source):
-        raise UserError(f"there is no file {source}; --teacher-weights takes a checkpoint's path or URL")
-    for name in (s.model, s.teacher):
-        check_name(name)
-    for name in {s.model} | ({s.teacher} if s.needs_teacher else set()):
-        check_sizes(name, s, s.batch_size // (world_size() * s.accumulate))
+    return assemble({"patch_size": 16} | saved, contents, source), saved
 
 
 def check_sizes(name: str, s: Settings, micro_batch_size: int) -> None:
-    """Raises UserError unless a network can be trained at these sizes."""
+    """Raises UserError unless there is such a network and it can be trained at these sizes."""
+    check_name(name)
     if name in SIZES and (grid := s.img_size // s.patch_size) > 256:
         raise UserError(f"{grid}×{grid} patches are more than 256×256; raise --patch-size")
     with torch.device("meta"):  # where nothing is computed, but shapes that do not fit are found
@@ -282,6 +242,17 @@ def check_sizes(name: str, s: Settings, micro_batch_size: int) -> None:
         except NotImplementedError:  # torchvision computes the widths of its RegNets from values
             return
         except (RuntimeError, AssertionError, ValueError, TypeError) as error:
-            size, reason = s.img_size, (str(error).strip().splitlines() or [""])[0]
-            batch = f"batches of {micro_batch_size} images of {size} pixels"
+            batch = f"batches of {micro_batch_size} images of {s.img_size} pixels"
+            reason = str(error).strip().partition("\n")[0]
             raise UserError(f"{name} cannot learn from {batch}: {reason}") from error
+
+
+def check_networks(s: Settings) -> None:
+    """Raises UserError for a network, or a teacher's weights, that a run could not use, before it begins."""
+    source = s.teacher_weights
+    if source == "published" and s.needs_teacher and s.teacher not in SIZES:
+        published_settings(s.teacher)
+    elif source not in ("", "published") and "://" not in source and not os.path.exists(source):
+        raise UserError(f"there is no file {source}; --teacher-weights takes a checkpoint's path or URL")
+    for name in (s.model, s.teacher) if s.needs_teacher else (s.model,):
+        check_sizes(name, s, s.batch_size // (world_size() * s.accumulate))

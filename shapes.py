@@ -26,9 +26,8 @@ def outline(shape: str) -> np.ndarray:
     if shape in polygons:
         return np.array(polygons[shape])
     count, radius = {"triangle": (3, 1.1), "square": (4, 1.1), "star": (10, 1.15)}.get(shape, (24, 1.0))
-    angles = np.arange(count) / count * 2 * np.pi
-    if count == 24:
-        angles = np.linspace(0, np.pi if shape == "half" else 2 * np.pi, 24)
+    turn = np.pi if shape == "half" else 2 * np.pi
+    angles = np.linspace(0, turn, 24) if count == 24 else np.arange(count) / count * turn
     corners = radius * np.stack([np.cos(angles), np.sin(angles)], axis=1)
     if shape == "star":
         corners[1::2] *= 0.45 / 1.15
@@ -36,15 +35,14 @@ def outline(shape: str) -> np.ndarray:
 
 
 OUTLINES = {shape: outline(shape) for shape in SHAPES}
-CUES = 0.6  # the share of images in which a class wears its own color; and, separately, its own texture
+CUES = 0.6  # the share of images that have their class's color; and, separately, its texture
 
 
 def draw_shape(seed: int, split: str, index: int, size: int) -> tuple[Image.Image, int]:
     """Image `index` of a split: RGB (size, size) and its label, index mod 10; always the same.
 
-    Easy cues tell a class more often than not (its color; its texture: solid, stripes or dots); otherwise
-    color and texture are anyone's. The outline always tells it, under shift, scale, a little rotation and
-    clutter.
+    Its color and its texture (solid, stripes or dots) are its class's more often than not, else any class's.
+    Its outline is always its class's, under shift, scale, a little rotation and clutter.
     """
     rng, label = random.Random(f"{seed}/{split}/{index}"), index % 10
     side = 3 * size  # drawn large and reduced, for smooth edges
@@ -64,8 +62,8 @@ def draw_shape(seed: int, split: str, index: int, size: int) -> tuple[Image.Imag
             end = (rng.uniform(0, side), rng.uniform(0, side))
             draw.line((x, y, *end), fill=shade, width=max(1, int(r / 3)))
 
-    own_hue = (label + rng.gauss(0, 0.25)) / 10
-    hue = own_hue if rng.random() < CUES else rng.random()
+    class_hue = (label + rng.gauss(0, 0.25)) / 10
+    hue = class_hue if rng.random() < CUES else rng.random()
     texture = label % 3 if rng.random() < CUES else rng.randrange(3)
     fill = Image.new("RGB", (side, side), color(hue, 0.65, 1.0))
     pattern, second = ImageDraw.Draw(fill), color(hue + 0.08, 0.45, 0.6)
