@@ -5,14 +5,13 @@ python evaluate.py curves runs/shapes-tiny-none runs/shapes-tiny-hard --out curv
 python evaluate.py augmentations --out augmentations.png
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 
 import torch
 from PIL import Image, ImageDraw, ImageOps
 from torch import Tensor
 
 import augment
-from augment import OPERATIONS, RANDAUGMENT_ARGUMENTS, keyed_generator, normalize
 from data import crop_file
 from launch import UserError, printable
 from model import DeiT
@@ -20,17 +19,27 @@ from model import DeiT
 Row = tuple[str, list[Image.Image], list[str]]  # a title, images, and a caption for each
 
 
-def sheet(rows: list[Row], side: int) -> Image.Image:
-    """A picture of rows of images `side` pixels wide."""
-    titles = [row[0].split("\n") for row in rows]
-    # Room for the titles on the left, and for the captions below
-    left = max(80, 8 + 6 * max(len(line) for title in titles for line in title))
-    captions = [caption.split("\n") for row in rows for caption in row[2]]
-    step = side + 14 * max(map(len, titles + captions))
-    page = Image.new("RGB", (left + max(len(row[1]) for row in rows) * (side + 4), len(rows) * step), "white")
+def save_picture(save: Callable, path: str, **options) -> None:
+    """Calls save(path, **options) and says so; raises UserError if the picture could not be written."""
+    try:
+        save(path, **options)
+    except (OSError, ValueError) as error:
+        raise UserError(f"could not write the picture {path}: {error}") from error
+    print(printable(f"wrote {path}"))
+
+
+def draw_sheet(rows: list[Row], side: int, path: str) -> None:
+    """Writes a picture of rows of images, each `side` pixels wide, with titles and captions."""
+    lines = [title.split("\n") for title, _, _ in rows]
+    left = max(80, 8 + 6 * max(len(line) for title in lines for line in title))  # room for the titles
+    lines += [caption.split("\n") for _, _, captions in rows for caption in captions]
+    step = side + 14 * max(map(len, lines))  # room for the captions
+    width = left + (side + 4) * max(len(images) for _, images, _ in rows)
+    page = Image.new("RGB", (width, step * len(rows)), "white")
     draw = ImageDraw.Draw(page)
 
     def write(x: int, y: int, text: str) -> None:
+        # Pillow's own font may have no other characters
         draw.text((x, y), text.encode("latin-1", "replace").decode("latin-1"), fill="black")
 
     for row, (title, images, captions) in enumerate(rows):
@@ -39,16 +48,7 @@ def sheet(rows: list[Row], side: int) -> Image.Image:
             x = left + column * (side + 4)
             page.paste(image.resize((side, side), Image.Resampling.BICUBIC), (x, row * step))
             write(x, row * step + side, caption)
-    return page
-
-
-def save_picture(save: Callable[[str], None], path: str) -> None:
-    """Calls save(path) and tells so."""
-    try:
-        save(path)
-    except (OSError, ValueError) as error:
-        raise UserError(f"could not write the picture {path}: {error}") from error
-    print(printable(f"wrote {path}"))
+    save_picture(page.save, path, optimize=True)
 
 
 def to_pictures(images: Tensor) -> list[Image.Image]:
@@ -69,8 +69,8 @@ def attention_maps(network: DeiT, images: Tensor, layer: int) -> tuple[Tensor, T
     """
     weights, prefix = network.attention_weights(images)[:layer], network.num_prefix_tokens
     rollout = identity = torch.eye(weights[0].shape[-1], device=images.device)
-    for each in weights:
-        rollout = (each.mean(dim=1) + identity) / 2 @ rollout
+    for layer_weights in weights:  # (B, heads, N, N)
+        rollout = (layer_weights.mean(dim=1) + identity) / 2 @ rollout
     side = network.img_size // network.patch_embed.proj.kernel_size[0]
 
     def maps(rows: Tensor) -> Tensor:
@@ -80,29 +80,29 @@ def attention_maps(network: DeiT, images: Tensor, layer: int) -> tuple[Tensor, T
     return maps(weights[-1]).transpose(1, 2), maps(rollout)
 
 
-def overlay(picture: Image.Image, share: Tensor) -> Image.Image:
+def overlay(picture: Image.Image, attention: Tensor) -> Image.Image:
     """A map (G, G) in color over the picture in gray: dark blue is 0, yellow the largest value."""
-    gray = Image.fromarray((255 * share / share.max()).round().byte().cpu().numpy())
+    gray = Image.fromarray((255 * attention / attention.max()).round().byte().cpu().numpy())
     gray = gray.resize(picture.size, Image.Resampling.BILINEAR)
     heat = ImageOps.colorize(gray, (20, 11, 82), (253, 231, 37), mid=(204, 71, 120))
     return Image.blend(ImageOps.autocontrast(ImageOps.grayscale(picture)).convert("RGB"), heat, 0.55)
 
 
-def attention_rows(network: DeiT, image: Image.Image, layer: int, heads: tuple, side: int) -> list[Row]:
-    """A row for each token (`heads` are their names): the input, a map for each head, and the rollout."""
+def attention_rows(network: DeiT, image: Image.Image, layer: int, tokens: tuple, side: int) -> list[Row]:
+    """A row for each token, named in `tokens`: the input, a map of each attention head, and the rollout."""
     size, device = network.img_size, network.pos_embed.device
     crop = crop_file(image, size, None)
-    # The same crop, shown more finely than a network for small images sees it; whole images stay whole.
-    whole = image.size in ((size, size), (side, side))
-    (picture,) = to_pictures((crop if whole else crop_file(image, side, None))[None])
-    picture = picture.resize((side, side), Image.Resampling.BICUBIC)
-    maps, rollout = attention_maps(network, normalize(crop[None].to(device)), layer)
+    # Shown in more detail than a network for small images sees it. But an image of exactly one of the two
+    # sizes is taken whole at that size and cropped at the other: then what the network sees is shown.
+    shown = crop if image.size in ((size, size), (side, side)) else crop_file(image, side, None)
+    picture = to_pictures(shown[None])[0].resize((side, side), Image.Resampling.BICUBIC)
+    maps, rollout = attention_maps(network, augment.normalize(crop[None].to(device)), layer)
     rows = []
-    for token, own, rolled in zip(heads, maps[0], rollout[0], strict=False):
-        named = {f"head {number}": share for number, share in enumerate(own, start=1)} | {"rollout": rolled}
-        captions = [f"{title}, up to {100 * share.max():.0f} %" for title, share in named.items()]
-        images = [picture, *(overlay(picture, share) for share in named.values())]
-        rows.append((f"{token}\ntoken", images, ["input", *captions]))
+    for token, head_maps, rolled_out in zip(tokens, maps[0], rollout[0], strict=False):
+        named = {f"head {n}": one for n, one in enumerate(head_maps, start=1)} | {"rollout": rolled_out}
+        captions = [f"{name}, up to {100 * attention.max():.0f} %" for name, attention in named.items()]
+        images = [overlay(picture, attention) for attention in named.values()]
+        rows.append((f"{token}\ntoken", [picture, *images], ["input", *captions]))
     return rows
 
 
@@ -112,8 +112,8 @@ def attention_rows(network: DeiT, image: Image.Image, layer: int, heads: tuple, 
 COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 
 
-def draw_curves(logs: dict[str, list[dict]], heads: tuple, path: str) -> None:
-    """The training loss and each head's accuracy in validation, by epoch, of several runs' logs by name."""
+def draw_curves(logs: dict[str, list[dict]], path: str) -> None:
+    """Writes a picture of the training loss and each head's accuracy, by epoch, of runs' logs by name."""
     try:
         from matplotlib.figure import Figure
         from matplotlib.lines import Line2D
@@ -121,75 +121,68 @@ def draw_curves(logs: dict[str, list[dict]], heads: tuple, path: str) -> None:
         raise UserError("curves needs matplotlib: pip install matplotlib") from None
     figure = Figure(figsize=(9, 3.6), layout="constrained")
     left, right = figure.subplots(1, 2)
-    styles = dict(zip(heads, ("-", "--", ":"), strict=True))
+    heads = dict.fromkeys(head for log in logs.values() for head in log[0]["accuracy"])
+    styles = dict(zip(heads, ("-", "--", ":"), strict=False))
     marker = "o" if max(map(len, logs.values())) < 20 else ""
     for number, (name, log) in enumerate(logs.items()):
-        look = dict(color=COLORS[number % len(COLORS)], marker=marker, markersize=3)
+        options = dict(color=COLORS[number % len(COLORS)], marker=marker, markersize=3)
         epochs, label = [record["epoch"] for record in log], printable(name).replace("$", r"\$")
-        left.plot(epochs, [record["loss"] for record in log], label=label, **look)
+        left.plot(epochs, [record["loss"] for record in log], label=label, **options)
         for head in log[0]["accuracy"]:
-            right.plot(epochs, [record["accuracy"][head] for record in log], ls=styles[head], **look)
-    shown = [head for head in heads if any(head in log[0]["accuracy"] for log in logs.values())]
-    left.set(xlabel="epoch", title="training loss")
-    right.set(xlabel="epoch", title="top-1 accuracy in validation (%)")
+            right.plot(epochs, [record["accuracy"][head] for record in log], ls=styles[head], **options)
     left.legend()
-    right.legend(handles=[Line2D([], [], color="gray", ls=styles[head], label=head) for head in shown])
-    for axes in (left, right):
+    right.legend(handles=[Line2D([], [], color="gray", ls=styles[head], label=head) for head in heads])
+    for axes, title in ((left, "training loss"), (right, "top-1 accuracy in validation (%)")):
+        axes.set(xlabel="epoch", title=title)
         axes.grid(alpha=0.3)
         axes.xaxis.get_major_locator().set_params(integer=True)
-    save_picture(lambda out: figure.savefig(out, dpi=110), path)
+    save_picture(figure.savefig, path, dpi=110)
 
 
 # ---- Augmentations ----
 
 MAGNITUDES = (1, 3, 5, 7, 9, 10)
-SIX = ("Rotate", "ShearX", "Posterize", "Solarize", "Color", "Equalize")
+SIX_OPERATIONS = ("Rotate", "ShearX", "Posterize", "Solarize", "Color", "Equalize")
+NO_ARGUMENT = ("AutoContrast", "Equalize", "Invert")
 
 
-def augmentation_rows(
-    images: Tensor, labels: Tensor, classes: list[str], seed: int, names: Iterable[str]
-) -> list[Row]:
-    """Some of RandAugment's operations by magnitude on the last image, and whole batches with their targets.
-
-    `images` uint8 (n, 3, S, S), `labels` int64 (n,).
-    """
-    rows, count = [], len(MAGNITUDES)
+def operation_rows(image: Tensor, every: bool) -> list[Row]:
+    """Six of RandAugment's operations, or every one, by magnitude, on an image uint8 (3, S, S)."""
     m = torch.tensor(MAGNITUDES, dtype=torch.float64) / 10
-    sign = torch.tensor([-1.0, 1.0], dtype=torch.float64).repeat(count)[:count]
-    for name in names:
-        values = RANDAUGMENT_ARGUMENTS[name](m, sign).float()
-        told = ["" if name in ("AutoContrast", "Equalize", "Invert") else f"{v:.3g}" for v in values.tolist()]
-        captions = [f"magnitude {magnitude}\n{t}" for magnitude, t in zip(MAGNITUDES, told, strict=True)]
-        changed = OPERATIONS[name](images[-1:].expand(count, -1, -1, -1), values)
+    sign = torch.tensor([-1.0, 1.0], dtype=torch.float64).repeat(len(m) // 2)
+    rows = []
+    for name in augment.OPERATIONS if every else SIX_OPERATIONS:
+        arguments = augment.RANDAUGMENT_ARGUMENTS[name](m, sign).float()
+        texts = [f"{argument:.3g}" if name not in NO_ARGUMENT else "" for argument in arguments.tolist()]
+        captions = [f"magnitude {n}\n{text}" for n, text in zip(MAGNITUDES, texts, strict=True)]
+        changed = augment.OPERATIONS[name](image.expand(len(m), -1, -1, -1), arguments)
         rows.append((name, to_pictures(changed), captions))
+    return rows
 
-    batch = torch.arange(count) % len(images)
-    for name, alphas in (("Mixup", {"mixup": 0.8, "cutmix": 0.0}), ("CutMix", {"mixup": 0.0, "cutmix": 1.0})):
-        generator = keyed_generator("sheet", seed, name)
+
+def batch_rows(images: Tensor, labels: Tensor, classes: list[str], seed: int) -> list[Row]:
+    """Batches of images uint8 (n, 3, S, S), labels int64 (n,), as training augments them, with targets."""
+    rows, batch = [], torch.arange(len(MAGNITUDES)) % len(images)
+    mean, std = torch.tensor([augment.MEAN, augment.STD]).view(2, 3, 1, 1)
+    for name, mixup, cutmix in (("Mixup", 0.8, 0.0), ("CutMix", 0.0, 1.0)):
+        generator = augment.keyed_generator("sheet", seed, name)
         cropped = augment.random_crop(images[batch], images.shape[3], generator)
-        whole_path = augment.Augment(len(classes), smoothing=0.0, **alphas)
+        whole_path = augment.Augment(len(classes), mixup=mixup, cutmix=cutmix, smoothing=0.0)
         inputs, targets = whole_path(cropped, labels[batch], generator)
-        mean, std = torch.tensor([augment.MEAN, augment.STD]).view(2, 3, 1, 1)
-        pixels = 255 * (inputs * std + mean)
+        pixels = (255 * (inputs * std + mean)).round().clamp(0, 255).byte()
         captions = []
         for target in targets.tolist():
             shares = [f"{100 * share:.0f}% {classes[n]}" for n, share in enumerate(target) if share > 0]
             captions.append("\n".join(shares))
-        rows.append((f"whole path,\n{name}", to_pictures(pixels.round().clamp(0, 255).byte()), captions))
+        rows.append((f"whole path,\n{name}", to_pictures(pixels), captions))
     return rows
 
 
 # ---- Disagreements ----
 
 
-def disagreement_rows(
-    found: list[Image.Image], decisions: Tensor, rows: list[str], names: list[str]
-) -> list[Row]:
-    """Images, and below each the class that every classifier says: `decisions` int (len(rows), n).
-
-    `rows` and `names` are the classifiers' and the classes' names.
-    """
-    captions = []
-    for column in decisions.T.tolist():
-        captions.append("\n".join(f"{number} {names[label]}" for number, label in enumerate(column)))
-    return [("\n".join(f"{number} {row}" for number, row in enumerate(rows)), found, captions)]
+def disagreement_row(images: Tensor, decisions: Tensor, classifiers: list[str], classes: list[str]) -> Row:
+    """Images uint8 (n, 3, S, S), captioned with the classifiers' decisions int (classifiers, n)."""
+    columns = [classifiers, *([classes[label] for label in column] for column in decisions.T.tolist())]
+    title, *captions = ("\n".join(f"{n} {name}" for n, name in enumerate(names)) for names in columns)
+    return title, to_pictures(images), captions
