@@ -16,7 +16,16 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from launch import UserError, all_reduce, main_process_first, print0, rank, world_size
+from launch import (
+    UserError,
+    all_reduce,
+    choose_precision,
+    device_type,
+    main_process_first,
+    print0,
+    rank,
+    world_size,
+)
 from settings import Settings, flag_of
 
 # ---- Files ----
@@ -163,7 +172,9 @@ def resumed_settings(given: dict, out: str, kind: type = Settings):
         if given[name] != getattr(s, name):
             text = f"the run in {out} has {flag_of(kind, name)} {getattr(s, name)}, not {given[name]}"
             raise UserError(f"{text}; leave the flag out, or train on with finetune.py --checkpoint {out}")
-    return replace(s, **given)
+    s = replace(s, **given)
+    s.precision = choose_precision(s.precision, device_type(s.device))  # older runs were saved with auto
+    return s
 
 
 class Run:

@@ -24,7 +24,7 @@ from torch.utils.data import DataLoader
 
 import augment
 from augment import center_crop, keyed_generator, pad_and_crop, random_boxes, random_crop, to_device
-from launch import UserError, main_process_first, print0, rank, world_size
+from launch import STOP_SIGNALS, UserError, main_process_first, print0, rank, world_size
 from settings import Settings
 from shapes import SHAPES, draw_shapes
 
@@ -307,7 +307,7 @@ def load_data(s: Settings, device: torch.device) -> tuple[DataSet, DataSet]:
 
 def ignore_signals(worker: int) -> None:
     """A signal to all processes of a run is the main process's to answer; its end also ends the workers."""
-    for number in (signal.SIGINT, signal.SIGTERM):
+    for number in STOP_SIGNALS:
         signal.signal(number, signal.SIG_IGN)
 
 

@@ -30,19 +30,20 @@ from train import accuracy_line, build_network, evaluate, introduce, load_teache
 TRAINED = {"all": ("",), "head": ("head",), "attention": ("head", "attn", "pos_embed")}
 
 
+# fmt: off
 @dataclass
 class FinetuneSettings(Settings):
     """The settings of training, and three more."""
 
     checkpoint: str = setting("", str, f"a file, a URL, or one of {', '.join(OFFICIAL)}", "fine-tuning")
     recipe: str = setting("", ("short", "paper"), "a few epochs of AdamW, or the authors' settings: above")
-    trainable: str = setting(
-        "all", tuple(TRAINED), "what learns; attention: with position embeddings and heads", flag="--train"
-    )
+    trainable: str = setting("all", tuple(TRAINED), "what learns; attention: with position embeddings and "
+                             "heads", flag="--train")
 
     @property
     def inputs(self) -> list[str]:
         return [*super().inputs, self.checkpoint]
+# fmt: on
 
 
 # Table 7 has both optimizers. The rates are per 512 images.
@@ -53,15 +54,12 @@ SHORT = dict(ADAMW, epochs=30, drop_path=0.0)
 # The authors' own, for ImageNet at 384 (section 6), at a constant learning rate, and for CIFAR and Cars
 RESOLUTION = dict(SHORT, img_size=384, batch_size=512, lr=5e-6, min_lr=5e-6, warmup_epochs=5.0)
 TRANSFER = dict(SGD, epochs=1000, batch_size=768, drop_path=0.0, erasing=0.0, repeats=3)
-RECIPES = {  # by --recipe, and by what learns or what for
-    "short all": SHORT,
-    "short head": dict(SHORT, lr=0.05),  # fewer weights want larger steps (results/head.md)
-    "short attention": dict(SHORT, lr=5e-3),
-    "short convnet": dict(SHORT, **CONVNET),
-    "paper resolution": RESOLUTION,
-    "paper transfer": TRANSFER,
-    "paper resolution convnet": RESOLUTION | CONVNET,
-    "paper transfer convnet": TRANSFER | CONVNET,
+RECIPES = {  # --recipe short by what learns, --recipe paper by what for; a convnet's has CONVNET on top
+    "all": SHORT,
+    "head": dict(SHORT, lr=0.05),  # fewer weights want larger steps (results/head.md)
+    "attention": dict(SHORT, lr=5e-3),
+    "resolution": RESOLUTION,
+    "transfer": TRANSFER,
 }
 
 # What a fine-tuned network has from the run it starts from, and what only on that run's own data
@@ -105,15 +103,9 @@ def finetune_settings(given: dict, saved: dict) -> FinetuneSettings:
     saved = asdict(Settings()) | settings.RECIPES[saved["data"]][0] | saved
     data, same = given.get("data", saved["data"]), same_data(given, saved)
     name = given.get("recipe", "paper" if same and data == "imagenet" else "short")
-    convnet, what = saved["model"] not in SIZES, "resolution" if same else "transfer"
-    kind = (
-        what + " convnet" * convnet
-        if name == "paper"
-        else "convnet"
-        if convnet
-        else given.get("trainable", "all")
-    )
-    recipe = dict(RECIPES[f"{name} {kind}"])
+    entry = ("resolution" if same else "transfer") if name == "paper" else given.get("trainable", "all")
+    convnet = saved["model"] not in SIZES
+    recipe = RECIPES[entry] | (CONVNET if convnet else {})
     if given.get("optimizer", recipe["optimizer"]) != recipe["optimizer"]:
         recipe |= ADAMW if given["optimizer"] == "adamw" else SGD
     if name == "short" and data == "shapes":
@@ -121,9 +113,8 @@ def finetune_settings(given: dict, saved: dict) -> FinetuneSettings:
     if "epochs" in given:  # the recipe's warm-up is for its own epochs
         recipe["warmup_epochs"] = "auto"
 
-    start = settings.RECIPES[data][0] | {
-        name: saved[name] for name in KEPT + (KEPT_ON_ITS_DATA if same else ())
-    }
+    kept = KEPT + (KEPT_ON_ITS_DATA if same else ())
+    start = settings.RECIPES[data][0] | {name: saved[name] for name in kept}
     start |= {"warmup_epochs": "auto", "teacher_epochs": "auto", "img_size": saved["img_size"], "data": data}
     start["data_path"] = saved["data_path"] if data == saved["data"] else Settings.data_path
     if same:

@@ -84,8 +84,7 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 @contextmanager
 def autocast(precision: str, device: torch.device) -> Iterator[None]:
-    """The context in which a network computes its matrix products at this --precision."""
-    precision = choose_precision(precision, device.type)
+    """The context in which a network computes its matrix products: fp32, bf16 or fp16."""
     if precision == "fp32":
         yield
         return

@@ -65,8 +65,8 @@ def create_convnet(name: str, num_classes: int, img_size: int) -> nn.Module:
     the first convolution has stride 1 instead of 2, which changes no weight's shape.
     """
     if name == "vgg8":
-        return vgg8(num_classes)
-    if name in REGNETY:
+        network = vgg8(num_classes)
+    elif name in REGNETY:
         depths, widths, group_width = REGNETY[name]
         params = BlockParams(depths, widths, [group_width] * 4, [1.0] * 4, strides=[2] * 4, se_ratio=0.25)
         network = RegNet(params, num_classes)
@@ -80,7 +80,7 @@ def create_convnet(name: str, num_classes: int, img_size: int) -> nn.Module:
         first = next(module for module in network.modules() if isinstance(module, nn.Conv2d))
         if first.stride != first.kernel_size:  # those of transformers cut patches
             first.stride = (1, 1)
-    return network
+    return network.to(memory_format=torch.channels_last)  # as torch recommends for convolutions
 
 
 # ---- Trained networks ----
@@ -189,6 +189,8 @@ def assemble(saved: dict, contents: dict, source: str) -> nn.Module:
             check_fit(network.state_dict(), state, misfit)
         network.load_state_dict(state, assign=True)
         network.float()
+    if name not in SIZES:
+        network = network.to(memory_format=torch.channels_last)  # a file may have another layout
     network.num_classes, network.img_size, network.classes = num_classes, saved["img_size"], saved["classes"]
     return network.eval().requires_grad_(False)
 

@@ -2,7 +2,7 @@
 
 Each setting is a flag of train.py and finetune.py; its default is the paper's value for ImageNet (Table 9). A
 run has the flags given, over its recipe, over these defaults: `complete` puts them together, before anything
-else happens. A student's learning rate, say, stands in RECIPES, a teacher's in CONVNET_RECIPES.
+else happens. Any learning rate stands in RECIPES, but those of fine-tuning, which finetune.py has.
 """
 
 import argparse

@@ -41,9 +41,7 @@ def build_network(s: Settings, num_classes: int) -> nn.Module:
     """The network to train, with fresh weights that depend on the seed alone."""
     torch.manual_seed(s.seed)
     if s.model not in SIZES:
-        # the layout that torch recommends for convolutions
-        network = networks.create_convnet(s.model, num_classes, s.img_size)
-        return network.to(memory_format=torch.channels_last)
+        return networks.create_convnet(s.model, num_classes, s.img_size)
     names = ("img_size", "patch_size", "depth", "distilled", "dropout", "drop_path")
     return create_model(s.model, num_classes=num_classes, **{name: getattr(s, name) for name in names})
 
@@ -295,8 +293,6 @@ def load_teacher(
             print0(f"the teacher sees the images at its own {network.img_size} pixels")
         if s.compile:
             network.compile()
-        if s.teacher not in SIZES:
-            network = network.to(memory_format=torch.channels_last)
         return Teacher(network, weights)
 
     return RememberedLabels(s, train_set, weights, load, device) if s.remember_labels else load()
