@@ -4,7 +4,6 @@ A checkpoint is read without running any code in it. A run's directory has `last
 (one line an epoch) and `settings.json`. A file gets its name when it is whole: no kill leaves half of one.
 """
 
-import hashlib
 import json
 import os
 import re
@@ -16,16 +15,8 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from launch import (
-    UserError,
-    all_reduce,
-    choose_precision,
-    device_type,
-    main_process_first,
-    print0,
-    rank,
-    world_size,
-)
+import launch
+from launch import UserError, print0, rank, world_size
 from settings import Settings, flag_of
 
 # ---- Files ----
@@ -46,12 +37,14 @@ OFFICIAL = {name: f"https://dl.fbaipublicfiles.com/deit/{file}.pth" for name, fi
 
 def download(url: str) -> Path:
     """Where a URL's file is on this machine; downloaded once, and checked if its name ends in -HASH.pth."""
-    folder = hashlib.sha256(url.encode()).hexdigest()[:16]  # many files are called last.pth
+    folder = launch.hash_of(url)  # many files are called last.pth
     path = Path(torch.hub.get_dir(), "checkpoints", folder, Path(url.partition("?")[0]).name)
     path.parent.mkdir(parents=True, exist_ok=True)
     digits = re.search(r"-([0-9a-f]{8,})\.|$", path.name)[1]
     try:
-        main_process_first(lambda: path.exists() or torch.hub.download_url_to_file(url, str(path), digits))
+        launch.main_process_first(
+            lambda: path.exists() or torch.hub.download_url_to_file(url, str(path), digits)
+        )
     except (OSError, RuntimeError) as error:  # no such address, no network, or another hash
         raise UserError(f"could not download {url}: {error}; check the address and the network") from None
     return path
@@ -66,7 +59,7 @@ def locate(source: str | Path) -> Path:
 
 def checkpoint_weights(contents: dict) -> dict[str, Tensor]:
     """The weights to use from a checkpoint: the moving average where there is one, else the model's."""
-    return contents.get("ema") or contents.get("model") or contents
+    return contents.get("model_ema") or contents.get("model") or contents
 
 
 def read_checkpoint(source: str | Path) -> dict:
@@ -76,6 +69,8 @@ def read_checkpoint(source: str | Path) -> dict:
         if zipfile.is_zipfile(path) and zipfile.ZipFile(path).testzip():  # torch looks at no checksums
             raise ValueError("a checksum differs")
         contents = torch.load(path, map_location="cpu", weights_only=True)  # runs no code in it
+        if "ema" in contents:  # as older runs call it
+            contents["model_ema"] = contents.pop("ema")
         if not all(isinstance(value, Tensor) for value in checkpoint_weights(contents).values()):
             raise ValueError("its parts are not named weights")
     except (FileNotFoundError, PermissionError):
@@ -117,6 +112,21 @@ def save_settings(s: Settings) -> None:
             partial.unlink()
 
 
+def lock_run(out: str) -> None:
+    """Keeps a run's directory for this program until it ends; raises UserError if another one has it."""
+    if rank() == 0 and os.name == "posix":
+        import fcntl
+
+        try:
+            Path(out).mkdir(parents=True, exist_ok=True)
+            file = os.open(Path(out) / ".lock", os.O_RDWR | os.O_CREAT)  # is never closed
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UserError(f"another program trains in {out} now; choose another --out") from None
+        except OSError as error:
+            raise UserError(f"could not write into {out}: {error.strerror}; choose another --out") from None
+
+
 def remove_run(out: str) -> None:
     """Removes an earlier run's files."""
     for name in ("last.pth", "best.pth", "log.jsonl"):
@@ -125,9 +135,11 @@ def remove_run(out: str) -> None:
 
 # ---- Runs ----
 
-# These do not change what a run computes, so a resumed one may have others.
-ADJUSTABLE = {"out", "workers", "device", "compile", "resume", "overwrite", "save_every", "skip_broken"}
-ADJUSTABLE |= {"remember_labels", "accumulate", "data_path"}  # a run may move to other machines
+# These do not change what a run computes; a run may move to other machines
+WITHOUT_EFFECT = {"out", "workers", "device", "compile", "resume", "overwrite", "save_every", "skip_broken"}
+WITHOUT_EFFECT |= {"remember_labels", "accumulate", "data_path"}
+# What a resumed run may have otherwise: also the place of its teacher, and what helps after a NaN
+ADJUSTABLE = WITHOUT_EFFECT | {"teacher_weights", "lr", "clip_grad", "precision"}
 
 
 def holds_run(out: str | Path) -> bool:
@@ -153,15 +165,16 @@ def resumed_settings(given: dict, out: str, kind: type = Settings):
     Raises UserError if a flag differs from the run's, or if a run would be written over without leave.
     """
     path, resume, overwrite = Path(out) / "settings.json", given.get("resume"), given.get("overwrite")
+    exists = os.path.exists(path) or holds_run(out)
     if not resume and not overwrite and holds_run(out):
         raise UserError(f"{out} holds a run; --resume continues it, --overwrite replaces it")
     if not resume and overwrite and os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0") != "0":
         raise UserError("--overwrite would start anew at each of torchrun's restarts; use --resume")
-    if resume and not os.path.exists(path) and given.keys() <= ADJUSTABLE:
+    if resume and not exists and given.keys() <= ADJUSTABLE:
         raise UserError(f"there is no run in {out} to continue, and no flag that says what to start")
-    if not resume or not os.path.exists(path):
+    if not resume or not exists:
         return None
-    saved = json.loads(path.read_text())
+    saved = json.loads(path.read_text()) if path.exists() else read_checkpoint(out)["settings"]
     if ("checkpoint" in saved) != (kind is not Settings):
         owner = "finetune.py" if "checkpoint" in saved else "train.py"
         raise UserError(f"{out} is a run of {owner}; continue it with {owner} --resume")
@@ -173,7 +186,9 @@ def resumed_settings(given: dict, out: str, kind: type = Settings):
             text = f"the run in {out} has {flag_of(kind, name)} {getattr(s, name)}, not {given[name]}"
             raise UserError(f"{text}; leave the flag out, or train on with finetune.py --checkpoint {out}")
     s = replace(s, **given)
-    s.precision = choose_precision(s.precision, device_type(s.device))  # older runs were saved with auto
+    s.precision = launch.choose_precision(
+        s.precision, launch.device_type(s.device)
+    )  # older runs were saved with auto
     return s
 
 
@@ -182,25 +197,30 @@ class Run:
 
     def __init__(self, settings: dict, steps_per_epoch: int, network: nn.Module, optimizer, scaler, ema):
         self.out, self.settings, self.steps_per_epoch = Path(settings["out"]), settings, steps_per_epoch
-        self.weights = {"model": network} | ({"ema": ema.module} if ema else {})
+        self.weights = {"model": network} | ({"model_ema": ema.module} if ema else {})
         self.parts = self.weights | {"optimizer": optimizer, "scaler": scaler}
 
-    def check_finite(self, step: int, *values: Tensor) -> None:
-        """Raises UserError if a value is not finite; waits for the device."""
-        if not all(value.isfinite().all() for value in values):
-            kept = "last.pth is from before it" if holds_run(self.out) else "nothing was saved"
-            raise UserError(f"the loss became infinite or NaN by step {step}; {kept}; try a lower --lr")
+    def check_finite(self, step: int) -> None:
+        """Raises UserError if the weights are not finite; waits for the device.
+
+        A single loss may be infinite in fp16: its step is left out. If it stays so the scale falls below 1.
+        """
+        finite = all(value.isfinite().all() for value in self.parts["model"].parameters())
+        if not finite or self.parts["scaler"].get_scale() < 1:
+            kept = "--resume goes on from before it" if holds_run(self.out) else "nothing was saved"
+            remedy = "try a lower --lr, --clip-grad 1 or --precision fp32"
+            raise UserError(f"the loss became infinite or NaN by step {step}; {kept}; {remedy}")
 
     def write(self, name: str, parts: dict, progress: dict) -> None:
         """Writes a checkpoint of that name with the states of these parts."""
-        contents = {"ema": None, "settings": self.settings, "progress": progress}
+        contents = {"settings": self.settings, "progress": progress}
         contents |= {key: part.state_dict() for key, part in parts.items()}
         atomic_save(self.out / name, lambda file: torch.save(contents, file))
 
     def save(self, step: int, log: list[dict], loss_sum: Tensor) -> None:
-        """Writes last.pth if all is finite. `loss_sum` is the epoch's in this process; the mean is kept."""
-        loss_sum = all_reduce(loss_sum.clone()) / world_size()
-        self.check_finite(step, loss_sum, *self.parts["model"].parameters())
+        """Writes last.pth if it is finite. `loss_sum` is the epoch's in this process; the mean is kept."""
+        loss_sum = launch.all_reduce(loss_sum.clone()) / world_size()
+        self.check_finite(step)
         progress = {"step": step, "log": log, "loss_sum": loss_sum.item(), "per_epoch": self.steps_per_epoch}
         self.write("last.pth", self.parts, progress)
 
@@ -214,13 +234,18 @@ class Run:
     def load(self) -> tuple[int, list[dict], float]:
         """Takes up last.pth; returns the steps done, the log, and the epoch's losses so far, as saved."""
         contents = read_checkpoint(self.out / "last.pth")
-        progress, classes = contents["progress"], contents["settings"]["classes"]
-        if progress["per_epoch"] != self.steps_per_epoch or classes != self.settings["classes"]:
+        progress, saved, now = contents["progress"], contents["settings"], self.settings
+        if (progress["per_epoch"], saved["classes"]) != (self.steps_per_epoch, now["classes"]):
             raise UserError(f"the data of the run in {self.out} have changed; start it anew with --overwrite")
+        if saved.get("fingerprint", now["fingerprint"]) != now["fingerprint"]:
+            print0(f"files of the data are others, or newer, than when the run in {self.out} began")
+        if saved.get("teacher_hash") not in (None, now.get("teacher_hash")):
+            raise UserError(f"the run in {self.out} has another teacher; name it with --teacher-weights")
         for group in contents["optimizer"]["param_groups"]:  # as this device does it, not the one before
             group["fused"] = self.parts["optimizer"].defaults["fused"]
         for name, part in self.parts.items():
-            part.load_state_dict(contents[name])
+            if contents[name]:  # a scaler's is empty where no fp16 was used
+                part.load_state_dict(contents[name])
         # The log may be one epoch further than the checkpoint: an epoch is evaluated after its save.
         step, log = progress["step"], progress["log"]
         log += [record for record in read_log(self.out)[len(log) :] if record["step"] <= step]

@@ -5,14 +5,15 @@ there, or a `FolderSet`, streamed from files by worker processes that only decod
 batches of images uint8 (B, 3, S, S) and labels int64 (B,).
 """
 
-import hashlib
 import itertools
 import json
 import os
 import re
 import signal
+import zlib
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
@@ -20,11 +21,11 @@ import torch
 import torchvision
 from PIL import Image, ImageOps
 from torch import Tensor
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, get_worker_info
 
 import augment
 from augment import center_crop, keyed_generator, pad_and_crop, random_boxes, random_crop, to_device
-from launch import STOP_SIGNALS, UserError, main_process_first, print0, rank, world_size
+from launch import STOP_SIGNALS, UserError, all_gather, hash_of, main_process_first, print0, rank, world_size
 from settings import Settings
 from shapes import SHAPES, draw_shapes
 
@@ -90,6 +91,16 @@ class ArraySet:
     def __len__(self) -> int:
         return len(self.labels)
 
+    @cached_property
+    def fingerprint(self) -> str:
+        """A hash of the images and their labels."""
+        return hash_of(self.images.cpu().numpy(), self.labels.tolist(), self.classes)
+
+    @property
+    def names(self) -> str:
+        """The same, which is all that processes can compare."""
+        return self.fingerprint
+
 
 @dataclass
 class FolderSet:
@@ -104,6 +115,18 @@ class FolderSet:
     def __len__(self) -> int:
         return len(self.labels)
 
+    @cached_property
+    def names(self) -> str:
+        """A hash of the files' paths below their common folder, and of their labels."""
+        root = len(os.path.commonpath(self.paths))
+        return hash_of([path[root:] for path in self.paths], self.labels, self.classes)
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """A hash of the names and of the files' sizes and times of change, in seconds, as rank 0 has them."""
+        stats = [os.stat(path) for path in self.paths if os.path.exists(path)] if rank() == 0 else []
+        return all_gather(hash_of(self.names, [(stat.st_size, int(stat.st_mtime)) for stat in stats]))[0]
+
     def read(self, index: int, enough: int | None = None) -> Image.Image | None:
         """A picture as `read_image` gives it; None for one that is left out, and then in `broken`."""
         try:
@@ -113,8 +136,8 @@ class FolderSet:
                 raise UserError(f"{error}; training with --skip-broken leaves such files out") from error
             self.broken.add(self.paths[index])
 
-    def __getitem__(self, item: tuple) -> tuple[Tensor, Tensor, set[str]] | UserError:
-        """Of (indices, key, size): crops uint8 (B, 3, size, size), labels int64 (B,), all `broken` so far."""
+    def __getitem__(self, item: tuple) -> tuple[Tensor, list[int], set[str]] | UserError:
+        """Of (indices, key, size): crops uint8 (B, 3, size, size), their labels, all `broken` so far."""
         indices, key, size = item
         crops = torch.empty(len(indices), 3, size, size, dtype=torch.uint8)
         readable = []  # places in the batch
@@ -131,20 +154,17 @@ class FolderSet:
             if not readable:
                 return UserError(f"none of the images of a batch can be read; one is {min(self.broken)}")
             readable = [readable[place % len(readable)] for place in range(len(indices))]
-        labels = [self.labels[indices[place]] for place in readable]
-        return crops[readable], torch.tensor(labels, dtype=torch.int64), self.broken
+        crops, labels = crops[readable], [self.labels[indices[place]] for place in readable]
+        try:
+            if get_worker_info():  # the workers' queue does the same, but an error there has no answer
+                crops.share_memory_()
+        except RuntimeError as error:
+            remedy = "give it more, as with docker run --shm-size 8g, or add --workers 0"
+            return UserError(f"there is no shared memory for a batch: {error}; {remedy}")
+        return crops, labels, self.broken
 
 
 DataSet = ArraySet | FolderSet
-
-
-def fingerprint(data: DataSet) -> str:
-    """A hash of a data set: of its classes, labels, and the pixels held or the names of the files."""
-    held = isinstance(data, ArraySet)
-    images = data.images.cpu().numpy() if held else repr([Path(path).name for path in data.paths]).encode()
-    digest = hashlib.sha256(images)
-    digest.update(repr((data.classes, torch.as_tensor(data.labels).tolist())).encode())
-    return digest.hexdigest()[:16]
 
 
 HIDDEN = re.compile(r"[/\\](\.|__MACOSX)")  # .DS_Store, .ipynb_checkpoints, ._cat.jpg and the like
@@ -152,37 +172,66 @@ HELD_BYTES = 2**30  # a set of equally large images that needs less than this is
 
 
 def subfolders(folder: Path) -> list[str]:
-    return sorted(p.name for p in folder.glob("*") if p.is_dir() and not HIDDEN.match(f"/{p.name}"))
+    """The class folders in a folder, sorted; a link to the folder itself or one above it is none."""
+    paths = [path for path in folder.glob("*") if path.is_dir() and not HIDDEN.match(f"/{path.name}")]
+    return sorted(path.name for path in paths if not folder.resolve().is_relative_to(path.resolve()))
 
 
 def find_images(folder: Path) -> tuple[list[str], list[str]]:
-    """All images below a folder, sorted, and the other files there; their endings tell them apart."""
-    paths = (os.path.join(at, name) for at, _, names in os.walk(folder, followlinks=True) for name in names)
+    """All images below a folder, sorted, and the other files there; their endings tell them apart.
+
+    Links to files count, links to folders below it do not: an image would come twice, or of two classes.
+    """
+    paths = (os.path.join(at, name) for at, _, names in os.walk(folder) for name in names)
     files = sorted(path for path in paths if not HIDDEN.search(path, len(str(folder))))
     images = [path for path in files if path.lower().endswith(torchvision.datasets.folder.IMG_EXTENSIONS)]
     return images, sorted(set(files) - set(images))
 
 
+def held_out_tenth(paths: list[str], folder: Path) -> list[str]:
+    """The images of a class that take the place of a validation set: one at least if there are two or more.
+
+    Which they are depends on the hash of each one's own path, so that new files leave them where they are.
+    """
+    places = {path: zlib.crc32(os.path.relpath(path, folder).encode()) / 2**32 for path in paths}
+    tenth = sum(place < 0.1 for place in places.values())
+    return sorted(places, key=places.get)[: min(max(tenth, 1), len(paths) // 2)]
+
+
+def split_folder(root: Path, split: str) -> tuple[Path, bool]:
+    """The folder of a split in a tree of pictures, and whether `val` is held out of the training images.
+
+    Class folders directly in the root are training images; a `test` is never taken for validation.
+    """
+    val = next((root / name for name in ("val", "valid", "validation") if (root / name).is_dir()), None)
+    classes = {name.lower() for name in subfolders(root)}
+    direct = classes and not classes & {"train", "val", "valid", "validation", "test"}
+    train = root if direct else root / "train"
+    held_out = val is None and split in ("train", "val")
+    return {"train": train, "val": val or train}.get(split, root / split), held_out
+
+
 def list_folder(s: Settings, split: str) -> tuple[FolderSet, Path]:
     """The images of a split, from `open_folder`'s tree, and the folder that they are in."""
     root = Path(s.data_path)
-    held_out = split in ("train", "val") and not (root / "val").is_dir()
-    folder = root / ("train" if held_out else split)
+    folder, held_out = split_folder(root, split)
     if not folder.is_dir():
         raise UserError(f"there is no folder {folder}; --data-path must hold train/CLASS/*, val/CLASS/*")
-    classes = (split == "val" and subfolders(root / "train")) or subfolders(folder)
+    known = subfolders(split_folder(root, "train")[0]) if split == "val" else []
+    classes = known or subfolders(folder)
     data, others = FolderSet([], [], classes, s.skip_broken), []
     for name in subfolders(folder):
         if name not in classes:
             raise UserError(f"there is the class {name!r}, which train has not, in {folder}")
         images, no_images = find_images(folder / name)
-        if held_out:  # the 2nd, 12th, 22nd and so on: one at least of every class that can spare it
-            images = [path for i, path in enumerate(images) if (i % 10 == 1) == (split == "val")]
+        if held_out:
+            val = held_out_tenth(images, folder)
+            images = val if split == "val" else sorted(set(images) - set(val))
         data.paths += images
         data.labels += [classes.index(name)] * len(images)
         others += no_images
     if held_out and split == "val":
-        print0(f"there is no {root / 'val'}: {len(data)} images of train are held out and take its place")
+        print0(f"there is no {root / 'val'}: {len(data)} images are held out of training and take its place")
     elif others:
         endings = ", ".join(sorted({os.path.splitext(path)[1].lower() or "none" for path in others}))
         print0(f"left out of {folder}: {len(others)} files that are no images by their ending ({endings})")
@@ -191,21 +240,26 @@ def list_folder(s: Settings, split: str) -> tuple[FolderSet, Path]:
 
 def hold(data: FolderSet) -> DataSet:
     """The images as one tensor if they are all of one size and small together, else as they are."""
-    images, labels = [], []
+    images, labels = None, []
     for index, label in enumerate(data.labels):
-        if image := data.read(index):
-            images.append(to_tensor(image))
-            labels.append(label)
-            if len(data) * images[0].numel() > HELD_BYTES or images[-1].shape != images[0].shape:
-                return data
-    return ArraySet(torch.stack(images), torch.tensor(labels), data.classes, data.broken) if images else data
+        if (image := data.read(index)) is None:
+            continue
+        image = to_tensor(image)
+        if images is None and len(data) * image.numel() <= HELD_BYTES:
+            images = torch.empty(len(data), *image.shape, dtype=torch.uint8)
+        if images is None or image.shape != images.shape[1:]:
+            return data
+        images[len(labels)] = image
+        labels.append(label)
+    count = len(labels)
+    return ArraySet(images[:count], torch.tensor(labels), data.classes, data.broken) if count else data
 
 
 def open_folder(s: Settings, split: str) -> DataSet:
     """The images in ROOT/SPLIT/CLASS/*, where ROOT is s.data_path and SPLIT may be any folder's name.
 
-    The classes of `val` are those of ROOT/train, if there is one; it may lack some. In `train` none is empty.
-    Without a ROOT/val a tenth of `train` takes its place, which depends on nothing but the files' names.
+    The classes of `val` (or `valid`, `validation`) are those of `train`; it may lack some. In `train` none is
+    empty. Without it a tenth of the training images takes its place, by their names.
     """
     data, folder = list_folder(s, split)
     if not data.paths:
@@ -321,7 +375,8 @@ def load_batches(data: DataSet, plan: Iterable, s: Settings, device: torch.devic
             yield crops, data.labels[index]
         return
     processes = int(os.environ.get("LOCAL_WORLD_SIZE", 1))  # on this machine
-    workers = s.workers if s.workers >= 0 else max(1, min(8, (os.cpu_count() or 1) // processes))
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    workers = s.workers if s.workers >= 0 else max(1, min(8, cores // processes))
     options = dict(num_workers=workers, worker_init_fn=ignore_signals, pin_memory=device.type == "cuda")
     items = ((indices, key, s.img_size) for indices, key in plan)
     for batch in DataLoader(data, sampler=items, batch_size=None, **options):
@@ -329,7 +384,7 @@ def load_batches(data: DataSet, plan: Iterable, s: Settings, device: torch.devic
             raise batch
         images, labels, broken = batch
         data.broken.update(broken)
-        yield to_device(images, device), to_device(labels, device)
+        yield to_device(images, device), to_device(torch.tensor(labels), device)
 
 
 def steps_per_epoch(data: DataSet, s: Settings) -> int:

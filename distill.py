@@ -71,8 +71,8 @@ LOSSES: dict[str, Callable[[Outputs, Tensor, Tensor | None, Settings], Tensor]] 
 class Teacher:
     """A network of `create_teacher` that is asked what it says of the student's inputs."""
 
-    def __init__(self, network: nn.Module, weights: str):
-        self.network, self.weights = network, weights  # and the checkpoint that it came from
+    def __init__(self, network: nn.Module, origin: dict[str, str]):
+        self.network, self.origin = network, origin  # teacher_weights, its checkpoint, and that one's hash
 
     @torch.no_grad()
     def logits(self, inputs: Tensor, key: tuple) -> Tensor:

@@ -143,7 +143,7 @@ def adapt(state: dict[str, Tensor], network: nn.Module, keep_heads: bool) -> lis
     Returns what was done to them, in words.
     """
     fresh, state, done = network.state_dict(), dict(state), []
-    heads = ("head",) if isinstance(network, DeiT) else tuple(list(fresh)[-2:])
+    heads = "head" if isinstance(network, DeiT) else list(fresh)[-1].removesuffix("bias")
     if isinstance(network, DeiT) and network.distilled and "dist_token" not in state:
         # It starts as a good reader of the image, the class token. The fresh draw (std 0.02) on top keeps the
         # two from staying the same for ever where both learn the true label.

@@ -9,7 +9,6 @@ depth, with and without the token, share a file. Fast knowledge distillation (Sh
 beside the crops that they belong to; here the crops can be drawn again.
 """
 
-import hashlib
 from collections.abc import Callable
 from pathlib import Path
 
@@ -18,11 +17,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from checkpoint import locate
-from data import DataSet, fingerprint, steps_per_epoch
+from data import DataSet, steps_per_epoch
 from distill import Teacher
-from launch import all_gather, print0, rank, world_size
-from networks import published_url
+from launch import all_gather, hash_of, print0, rank, world_size
 from settings import Settings
 
 # What decides what a teacher sees and says, besides its weights, the data and the program
@@ -33,20 +30,20 @@ DECIDING += ("batch_size", "accumulate", "precision", "seed")
 class RememberedLabels:
     """A teacher that answers from a file with its label of every sample that this process trains on.
 
-    `weights` names its checkpoint; `load` gives the teacher itself, and is called only if a label is missing.
+    `origin` names its checkpoint; `load` gives the teacher itself, and is called only if a label is missing.
     """
 
     def __init__(
-        self, s: Settings, train_set: DataSet, weights: str, load: Callable[[], Teacher], device: torch.device
+        self, s: Settings, train_set: DataSet, origin: dict, load: Callable[[], Teacher], device: torch.device
     ):
-        self.weights, self.num_classes = weights, len(train_set.classes)
+        self.origin, self.num_classes = origin, len(train_set.classes)
         deciding = [getattr(s, name) for name in DECIDING]
-        deciding += [fingerprint(train_set), device.type, rank(), world_size()]
-        deciding += [torch.__version__, np.__version__]  # other versions may draw otherwise
-        files = [locate(published_url(s.teacher) if weights == "published" else weights)]
-        files += [Path(__file__).with_name(name) for name in ("augment.py", "data.py")]  # and so may an edit
-        deciding += [hashlib.sha256(file.read_bytes()).hexdigest() for file in files]
-        path = Path(s.out).parent / f"labels-{hashlib.sha256(repr(deciding).encode()).hexdigest()[:16]}"
+        deciding += [train_set.fingerprint, origin["teacher_hash"], device.type, rank(), world_size()]
+        deciding += [torch.__version__, np.__version__]  # other versions may draw otherwise, or an edit
+        deciding += [
+            hash_of(Path(__file__).with_name(name).read_bytes()) for name in ("augment.py", "data.py")
+        ]
+        path = Path(s.out).parent / f"labels-{hash_of(deciding)}"
 
         steps = s.epochs * steps_per_epoch(train_set, s)
         shape = (steps, s.accumulate, s.batch_size // world_size() // s.accumulate)

@@ -5,6 +5,7 @@ of them, signals to stop, and mistakes of the user, which end a program with one
 """
 
 import difflib
+import hashlib
 import os
 import signal
 import sys
@@ -14,6 +15,7 @@ from contextlib import contextmanager, nullcontext
 from datetime import timedelta
 from typing import NoReturn
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor
@@ -84,7 +86,8 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 @contextmanager
 def autocast(precision: str, device: torch.device) -> Iterator[None]:
-    """The context in which a network computes its matrix products: fp32, bf16 or fp16."""
+    """The context in which a network computes its matrix products at this --precision."""
+    precision = choose_precision(precision, device.type)
     if precision == "fp32":
         yield
         return
@@ -123,6 +126,14 @@ def main_process_first(act: Callable):
             result = act()
         all_gather(None)  # waits for all
     return result
+
+
+def hash_of(*values) -> str:
+    """Sixteen hexadecimal digits that tell values apart: bytes, arrays, or anything with a repr."""
+    digest = hashlib.sha256()
+    for value in values:
+        digest.update(value if isinstance(value, bytes | np.ndarray) else repr(value).encode())
+    return digest.hexdigest()[:16]
 
 
 # ---- Printing ----
@@ -188,16 +199,23 @@ STOP_SIGNALS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP"
 
 
 class StopSignals:
-    """Notes a signal to stop, for the loop to look at between two steps."""
+    """Notes a signal to stop, for the loop to look at between two steps.
+
+    One that comes ten seconds after the first ends the program at once: a disk may never answer.
+    """
 
     def __init__(self):
-        self.received = 0  # the signal's number
+        self.received, self.since = 0, 0.0  # the signal's number, and when it came first
         # a group of its own, so that no GPU waits for the answer
         self.group = dist.new_group(backend="gloo") if world_size() > 1 else None
         self.handlers = {number: signal.signal(number, self.note) for number in STOP_SIGNALS}
 
     def note(self, number: int, frame) -> None:
-        self.received = number
+        if not self.received:
+            self.received, self.since = number, time.monotonic()
+        elif time.monotonic() - self.since > 10:
+            os.write(2, b"stopped within a step; --resume goes on from the last save\n")
+            os._exit(128 + number)
 
     def asked(self) -> int:
         """The signal that any process received, or 0; all processes ask together."""
@@ -242,6 +260,8 @@ def run_program(main: Callable[[], None]) -> None:
         sys.exit(128 + signal.SIGPIPE)
     except (RuntimeError, MemoryError) as error:
         # A CPU says it one way, cuDNN by finding no engine for a convolution.
+        if str(error).startswith("DataLoader worker (pid"):
+            end_program("error: a worker was killed, as for want of memory; lower --workers", 2)
         signs = any(text in str(error) for text in ("can't allocate memory", "unable to find an engine"))
         if not signs and not isinstance(error, MemoryError | torch.OutOfMemoryError):
             raise

@@ -2,7 +2,7 @@
 
 `create_convnet` makes `vgg8`, a RegNetY or one of torchvision's, with fresh weights. `create_teacher` makes a
 frozen network, with weights from a file or published ones. `load_network` finds any trained network: ours,
-the authors' DeiT checkpoints by short name, torchvision's.
+the authors' checkpoints, torchvision's.
 """
 
 import math
@@ -109,7 +109,8 @@ def published_settings(name: str) -> dict:
 
 def is_imagenet(classes: list[str] | None, num_classes: int) -> bool:
     """Whether classes are ImageNet's 1000, which files know as nothing or as `n01440764` and so on."""
-    return num_classes == 1000 and all(re.fullmatch(r"n\d{8}", name) for name in classes or ())
+    first_and_last = ["n01440764", "n15075141"]
+    return num_classes == 1000 and (not classes or sorted(classes)[::999] == first_and_last)
 
 
 def check_classes(source: str, names: list[str] | None, classes: list[str]) -> None:
@@ -150,7 +151,11 @@ def num_blocks(state: dict[str, Tensor]) -> int:
 
 
 def official_settings(state: dict[str, Tensor]) -> dict:
-    """What the weights of a DeiT tell of it, as of the authors' files; {} if they are another network's."""
+    """What the weights of a DeiT or of the authors' RegNetY tell of it; {} if they are another network's."""
+    if {"stem.conv.weight", "head.fc.weight"} <= state.keys():
+        num_classes, width = state["head.fc.weight"].shape
+        name = {3024: "regnet_y_16gf"}.get(width)
+        return IMAGENET_RUN | {"model": name, "num_classes": num_classes, "distill": "none"}
     if not {"pos_embed", "patch_embed.proj.weight", "head.weight"} <= state.keys():
         return {}
     num_classes, width = state["head.weight"].shape
@@ -187,6 +192,8 @@ def assemble(saved: dict, contents: dict, source: str) -> nn.Module:
         with user_errors():
             misfit = f"{source} does not fit a {name} for {num_classes} classes"
             check_fit(network.state_dict(), state, misfit)
+        if not all(value.isfinite().all() for value in state.values()):
+            raise UserError(f"{source} holds weights that are infinite or NaN")
         network.load_state_dict(state, assign=True)
         network.float()
     if name not in SIZES:
@@ -208,6 +215,8 @@ def create_teacher(
     """
     contents = read_checkpoint(published_url(name) if weights == "published" else weights) if weights else {}
     saved = {"img_size": img_size, "patch_size": patch_size, "classes": None} | checkpoint_settings(contents)
+    if weights == "published" and name in CONVNETS:
+        saved |= published_settings(name)
     if saved.get("model") not in (name, None):
         raise UserError(f"{weights} holds a {saved['model']}, not a {name}")
     return assemble(saved | {"model": name, "num_classes": num_classes}, contents, weights)
@@ -225,7 +234,7 @@ def load_network(source: str) -> tuple[nn.Module, dict]:
     saved = published_settings(source) if published else checkpoint_settings(contents)
     if not saved.get("model") or "num_classes" not in saved:
         raise UserError(f"{source} does not say what it is; name a checkpoint of train.py or an official one")
-    return assemble({"patch_size": 16} | saved, contents, source), saved
+    return assemble({"img_size": 224, "patch_size": 16} | saved, contents, source), saved
 
 
 def check_sizes(name: str, s: Settings, micro_batch_size: int) -> None:

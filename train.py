@@ -7,8 +7,6 @@
 killed anywhere goes on with --resume; on one or two processes of a CPU it ends bit for bit as if it had not.
 """
 
-import hashlib
-import json
 import math
 import time
 from collections import Counter
@@ -27,10 +25,10 @@ import launch
 import networks
 import settings
 from augment import Augment, keyed_generator, normalize
-from data import DataSet, eval_batches, fingerprint, load_data, steps_per_epoch, train_batches
+from data import DataSet, eval_batches, load_data, steps_per_epoch, train_batches
 from distill import LOSSES, Teacher
 from labels import RememberedLabels
-from launch import autocast, print0, rank, world_size
+from launch import autocast, hash_of, print0, rank, world_size
 from model import SIZES, create_model, fuse
 from settings import Settings
 
@@ -151,7 +149,8 @@ def train(
     ema = build_ema(network, s.ema) if s.ema else None
     optimizer = build_optimizer(network, s)
     scaler = torch.amp.GradScaler(device.type, enabled=s.precision == "fp16")
-    used = {"classes": train_set.classes, "teacher_weights": str(teacher.weights) if teacher else ""}
+    used = {"classes": train_set.classes, "fingerprint": train_set.fingerprint}
+    used |= teacher.origin if teacher else {}
     run = checkpoint.Run(asdict(s) | used, per_epoch, network, optimizer, scaler, ema)
     step, log, loss_so_far = 0, [], 0.0
     if s.resume and checkpoint.holds_run(s.out):
@@ -207,7 +206,7 @@ def train(
             step += 1
 
             if progress.due(step):
-                run.check_finite(step, loss_sum)
+                run.check_finite(step)
                 mean = loss_sum.item() / (step - epoch * per_epoch)
                 progress.show(step, f"epoch {epoch + 1}  step {step}/{steps}  loss {mean:.3f}  lr {lr:.2e}")
             if signals.asked() or (s.save_every and step % s.save_every == 0 and step % per_epoch):
@@ -246,13 +245,16 @@ def teacher_settings(s: Settings, train_set: DataSet) -> Settings:
     shared += ["precision", "device", "workers", "compile", "accumulate", "save_every"]
     given = {name: getattr(s, name) for name in shared} | {"model": s.teacher, "epochs": s.teacher_epochs}
     t = settings.complete(given | {"resume": True})
-    deciding = {k: v for k, v in asdict(t).items() if k not in checkpoint.ADJUSTABLE and k != "precision"}
-    path = "" if s.data == "shapes" else str(Path(s.data_path).resolve())
-    text = json.dumps([deciding, path, fingerprint(train_set)], sort_keys=True)
-    digest = hashlib.sha256(text.encode()).hexdigest()[:8]
-    t.out = str(Path(s.out).parent / f"teacher-{s.data}-{s.img_size}px-{s.teacher}-{digest}")
-    parts = world_size() * s.accumulate
+    without = checkpoint.WITHOUT_EFFECT | {"precision"}
+    deciding = [(name, value) for name, value in asdict(t).items() if name not in without]
+    name = f"teacher-{s.data}-{s.img_size}px-{s.teacher}-{hash_of(deciding, train_set.fingerprint)[:8]}"
+    t.out, parts = str(Path(s.out).parent / name), world_size() * s.accumulate
     t.batch_size = max(1, min(t.batch_size, len(train_set)) // parts) * parts
+    if checkpoint.holds_run(t.out):  # it keeps its batch size on other processes
+        saved = checkpoint.read_checkpoint(t.out)
+        t.batch_size, t.accumulate = (saved["settings"][name] for name in ("batch_size", "accumulate"))
+        if len(saved["progress"]["log"]) < t.epochs:
+            settings.check(t)
     return t
 
 
@@ -284,6 +286,8 @@ def load_teacher(
         text = f"published knows ImageNet's 1000 classes; the data set has others: {classes[0]!r}"
         raise launch.UserError(text)
     weights = s.teacher_weights or train_teacher(s, train_set, val_set, device)
+    file = checkpoint.locate(networks.published_url(s.teacher) if weights == "published" else weights)
+    origin = {"teacher_weights": str(weights), "teacher_hash": hash_of(file.read_bytes())}
 
     def load() -> Teacher:
         sizes = dict(img_size=s.img_size, patch_size=s.patch_size)
@@ -293,9 +297,9 @@ def load_teacher(
             print0(f"the teacher sees the images at its own {network.img_size} pixels")
         if s.compile:
             network.compile()
-        return Teacher(network, weights)
+        return Teacher(network, origin)
 
-    return RememberedLabels(s, train_set, weights, load, device) if s.remember_labels else load()
+    return RememberedLabels(s, train_set, origin, load, device) if s.remember_labels else load()
 
 
 # ---- The program ----
@@ -305,8 +309,8 @@ def introduce(
     s: Settings, network: nn.Module, train_set: DataSet, val_set: DataSet, device: torch.device
 ) -> None:
     """Prints what is trained on what and how, and keeps the settings, so that --resume finds them."""
-    digests = f"{fingerprint(train_set)} + {fingerprint(val_set)}"
-    launch.check_equal("data set", f"{len(train_set)} + {len(val_set)} images ({digests})")
+    names = f"{train_set.names} + {val_set.names}"
+    launch.check_equal("data set", f"{len(train_set)} + {len(val_set)} images ({names})")
     print0(
         f"{s.data}: {len(train_set)} training and {len(val_set)} validation images, "
         f"{len(train_set.classes)} classes; {device} × {world_size()}, torch {torch.__version__}"
@@ -325,6 +329,7 @@ def introduce(
         raise launch.UserError(f"{text}; try --ema {1 - 10 / (s.epochs * per_epoch):.3g}")
     if per_epoch < 10 and all(p.requires_grad for p in network.parameters()):  # not of the heads alone
         print0(f"an epoch has only {per_epoch} steps: of so few images a smaller --batch-size learns more")
+    checkpoint.lock_run(s.out)
     if not checkpoint.holds_run(s.out):
         checkpoint.save_settings(s)
 
