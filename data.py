@@ -123,9 +123,9 @@ class FolderSet:
 
     @cached_property
     def fingerprint(self) -> str:
-        """A hash of the names and of the files' sizes and times of change, in seconds, as rank 0 has them."""
+        """A hash of the names and of the files' sizes and times of change, as rank 0 has them."""
         stats = [os.stat(path) for path in self.paths if os.path.exists(path)] if rank() == 0 else []
-        return all_gather(hash_of(self.names, [(stat.st_size, int(stat.st_mtime)) for stat in stats]))[0]
+        return all_gather(hash_of(self.names, [(stat.st_size, stat.st_mtime_ns) for stat in stats]))[0]
 
     def read(self, index: int, enough: int | None = None) -> Image.Image | None:
         """A picture as `read_image` gives it; None for one that is left out, and then in `broken`."""

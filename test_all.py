@@ -2338,6 +2338,208 @@ def test_a_loss_or_a_weight_that_is_not_finite_ends_the_run_and_is_never_saved(t
     assert "by step 1; nothing was saved" in told and not (tmp_path / "new/last.pth").exists()
 
 
+def hold_lock(out):
+    """A program that trains in this directory, until it is killed."""
+    checkpoint.lock_run(out)
+    Path(out, "held").touch()
+    time.sleep(60)
+
+
+def test_a_directory_belongs_to_one_running_program(tmp_path, output):
+    out = tmp_path / "run"
+    other = fork(partial(hold_lock, out), [])
+    while not (out / "held").exists():
+        assert other.is_alive() and not time.sleep(0.05)
+    words = flags(QUICK | {"epochs": 1, "out": out})
+    for more in ([], ["--resume"], ["--overwrite"]):
+        assert f"another program trains in {out} now" in output(run_train, *words, *more, code=2)
+    other.kill()  # the system releases the lock
+    other.join()
+    output(run_train, *words)
+
+
+def test_an_interrupted_teacher_goes_on_with_other_processes_and_parts(tmp_path, output):
+    words = QUICK | {"distill": "hard", "teacher_epochs": 2, "batch_size": 18, "out": tmp_path / "run"}
+    assert forked(flags(words), ("evaluation", 1, signal.SIGKILL)) == -signal.SIGKILL
+    told = output(run_train, *flags(words | {"accumulate": 2, "resume": True}))
+    assert "resuming" in told and len(list(tmp_path.glob("teacher-*"))) == 1
+
+
+def test_after_a_nan_a_run_goes_on_with_what_the_error_advises(tmp_path, monkeypatch, output):
+    words = {"out": tmp_path / "run", "resume": True}
+    with monkeypatch.context() as broken:
+        multiply_loss(broken, 4, math.nan)
+        output(run_train, *flags(QUICK | {"out": tmp_path / "run", "save_every": 2}), code=2)
+    told = output(run_train, *flags(words | {"lr": 1e-4, "clip_grad": 1.0, "precision": "bf16"}))
+    assert "lr=0.0001" in told and "clip_grad=1.0" in told and "precision=bf16" in told
+    assert saved(tmp_path / "run")["settings"]["lr"] == 1e-4
+    (tmp_path / "run/settings.json").unlink()  # the checkpoint has the settings too
+    refused = output(run_train, *flags(words | {"seed": 7}), code=2)
+    assert f"the run in {tmp_path / 'run'} has --seed 0, not 7" in refused
+
+
+def test_a_run_finds_its_teacher_at_another_place_and_takes_no_other(tmp_path, output):
+    for n in (1, 2):
+        output(
+            run_train, *flags(QUICK | {"model": "vgg8", "epochs": 1, "seed": n, "out": tmp_path / f"t{n}"})
+        )
+    words = QUICK | {"distill": "hard", "teacher": "vgg8", "out": tmp_path / "run"}
+    weights = {"teacher_weights": tmp_path / "t1/last.pth"}
+    assert forked(flags(words | weights), ("step", 5, signal.SIGTERM)) == 128 + signal.SIGTERM
+    (tmp_path / "t1").rename(tmp_path / "moved")
+    for place, code in (("t1", 2), ("t2", 2), ("moved", 0)):
+        weights = {"teacher_weights": tmp_path / place / "last.pth"}
+        told = output(run_train, *flags(weights | {"out": tmp_path / "run", "resume": True}), code=code)
+        assert ("has another teacher" in told) == (place == "t2")
+
+
+SWAP = [("ant", "swap"), ("bee", "ant"), ("swap", "bee")]  # of two classes: all names stay the same
+
+
+def test_a_fingerprint_changes_with_any_picture(tmp_path, monkeypatch):
+    monkeypatch.setattr("data.HELD_BYTES", 0)  # streamed
+    path = write_folder(tmp_path / "a", [(16, 16)]) / "train"
+    fingerprints = [load("folder", tmp_path / "a", 16)[0].fingerprint]
+
+    def changed():
+        fingerprints.append(load("folder", tmp_path / "a", 16)[0].fingerprint)
+        return len(set(fingerprints)) == len(fingerprints)
+
+    os.utime(path / "ant/1.png", (1, 1))  # replaced by one of the same size
+    assert changed()
+    (path / "ant/1.png").rename(path / "ant/9.png")  # moved
+    assert changed()
+    Image.new("RGB", (9, 9)).save(path / "ant/2.png")  # resized
+    os.utime(path / "ant/2.png", (1, 1))
+    assert changed()
+    for one, two in SWAP:
+        (path / one).rename(path / two)
+    assert changed()
+    shutil.copytree(tmp_path / "a", tmp_path / "b", copy_function=shutil.copy2)
+    assert load("folder", tmp_path / "b", 16)[0].fingerprint == fingerprints[-1]  # wherever it lies
+
+
+def test_a_teacher_and_its_labels_are_of_the_very_data(tmp_path, output):
+    path = write_folder(tmp_path / "data", STREAMED) / "train"
+    words = {"data": "folder", "data_path": tmp_path / "data", "img_size": 16, "patch_size": 8, "depth": 1}
+    words |= {"distill": "hard", "teacher_epochs": 1, "remember_labels": True, "batch_size": 4, "epochs": 1}
+    words |= {"workers": 0, "save_every": 1}
+    output(run_train, *flags(words | {"out": tmp_path / "one"}))
+    assert "100 % are known" in output(run_train, *flags(words | {"out": tmp_path / "two"}))
+    assert forked(flags(words | {"out": tmp_path / "cut"}), ("step", 2, signal.SIGTERM)) == 143
+    for one, two in SWAP:
+        (path / one).rename(path / two)
+    told = output(run_train, *flags(words | {"out": tmp_path / "three"}))
+    assert ", 0 % are known" in told and len(list(tmp_path.glob("teacher-*"))) == 2
+    teacher = saved(tmp_path / "one")["settings"]["teacher_weights"]
+    again = {"out": tmp_path / "cut", "resume": True, "teacher_weights": teacher}
+    assert f"files of the data are others, or newer, than when the run in {tmp_path / 'cut'} began" in output(
+        run_train, *flags(again)
+    )
+
+
+def test_links_bring_no_picture_twice_or_under_another_class(tmp_path):
+    path = write_folder(tmp_path / "data", [(16, 16)]) / "train"
+    (path / "ant/up").symlink_to(path)
+    (path / "ant/dogs").symlink_to(path / "bee")
+    (path / "all").symlink_to(path)
+    (path / "bee/link.png").symlink_to(path / "bee/0.png")  # a link to a file is a file
+    train_set = load("folder", tmp_path / "data", 16)[0]
+    assert train_set.labels.tolist() == [0] * 6 + [1] * 7
+
+
+def test_class_folders_without_train_and_validation_by_other_names_are_taken(tmp_path, monkeypatch):
+    monkeypatch.setattr("data.HELD_BYTES", 0)
+    root = write_folder(tmp_path / "data", [(16, 16)], splits=("train", "valid", "test"))
+    train_set, val_set = load("folder", root, 16)
+    assert {Path(path).parts[-3] for path in val_set.paths} == {"valid"}
+    shutil.rmtree(root / "valid")
+    assert {Path(path).parts[-3] for path in load("folder", root, 16)[1].paths} == {"train"}
+    train_set, val_set = load("folder", root / "train", 16)
+    assert train_set.classes == ["ant", "bee"] and len(train_set) + len(val_set) == 12 > len(train_set)
+
+
+def test_shared_memory_that_is_full_and_a_worker_that_is_killed_are_one_line_each(
+    folder, monkeypatch, output
+):
+    monkeypatch.setattr("data.HELD_BYTES", 0)
+
+    def full(tensor):
+        raise RuntimeError("No space left on device")
+
+    words = QUICK | {"data": "folder", "data_path": folder, "workers": 1, "batch_size": 4, "limit": 8}
+    words |= {"out": folder / "run", "overwrite": True}
+    with monkeypatch.context() as broken:
+        broken.setattr(torch.Tensor, "share_memory_", full)
+        told = output(run_train, *flags(words), code=2)
+    assert "there is no shared memory for a batch: No space left on device; give it more" in told
+
+    def kill(*arguments):
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    monkeypatch.setattr("data.crop_file", kill)
+    assert "a worker was killed" in output(run_train, *flags(words), code=2)
+
+
+def wait_for_ever():
+    signals = launch.StopSignals()
+    now = time.monotonic()
+    signals.note(signal.SIGINT, None)
+    signals.note(signal.SIGINT, None)  # one Ctrl-C may come twice: from the terminal, and from torchrun
+    time.monotonic = lambda: now + 11
+    os.kill(os.getpid(), signal.SIGTERM)
+    time.sleep(60)
+
+
+def test_a_second_signal_ends_a_program_that_never_comes_to_the_next_step():
+    process = fork(wait_for_ever, [])
+    process.join(20)
+    assert process.exitcode == 128 + signal.SIGTERM
+
+
+def test_in_fp16_one_overflow_is_left_out_and_one_that_stays_ends_the_run(tmp_path, monkeypatch, output):
+    words = QUICK | {"precision": "fp16", "out": tmp_path / "run"}
+    with monkeypatch.context() as once:
+        multiply_loss(once, 4, math.inf)
+        output(run_train, *flags(words))
+    assert saved(tmp_path / "run")["progress"]["step"] == 9
+    monkeypatch.setitem(LOSSES, "none", lambda outputs, *_: outputs.sum() * math.inf)
+    refused = output(run_train, *flags(words | {"epochs": 12, "out": tmp_path / "new"}), code=2)
+    assert "the loss became infinite or NaN by step" in refused
+
+
+def test_weights_that_are_not_finite_are_refused(tmp_path, output):
+    save_network(tmp_path / "net.pth", ["a", "b"])
+    contents = read_checkpoint(tmp_path / "net.pth")
+    contents["model"]["head.bias"][0] = math.nan
+    torch.save(contents, tmp_path / "net.pth")
+    Image.new("RGB", (16, 16)).save(tmp_path / "a.png")
+    told = output(run_evaluate, "predict", tmp_path / "net.pth", tmp_path / "a.png", code=2)
+    assert f"{tmp_path / 'net.pth'} holds weights that are infinite or NaN" in told
+
+
+def test_the_average_has_timms_key_and_that_of_older_runs_is_read(tmp_path, monkeypatch, output):
+    output(run_train, *flags(QUICK | {"ema": 0.5, "out": tmp_path / "run"}))
+    contents = torch.load(tmp_path / "run/last.pth", weights_only=True)
+    average = contents.pop("model_ema")
+    torch.save(contents | {"ema": average}, tmp_path / "run/last.pth")
+    network, _ = networks.load_network(str(tmp_path / "run"))
+    assert equal(network.state_dict(), average)
+
+
+def test_a_published_teacher_sees_the_images_at_its_own_size(monkeypatch):
+    fresh = networks.create_convnet("efficientnet_b4", 1000, 64)
+    monkeypatch.setattr("networks.read_checkpoint", lambda url: fresh.state_dict())
+    assert create_teacher("efficientnet_b4", 1000, "published", img_size=224).img_size == 380
+
+
+def test_new_heads_of_a_convnet_are_its_last_layer_alone():
+    old, new = (networks.create_convnet("maxvit_t", classes, 224) for classes in (3, 5))
+    finetune.adapt(old.state_dict(), new, keep_heads=False)
+    before, after = old.state_dict(), new.state_dict()
+    assert {key for key in before if not torch.equal(before[key], after[key])} == {"classifier.5.weight"}
+
+
 def test_a_full_disk_is_one_line_and_keeps_what_was_saved(tmp_path, output):
     words, last = flags(QUICK | {"epochs": 2, "out": tmp_path / "run"}), tmp_path / "run/last.pth"
     assert forked(words, ("step", 5, signal.SIGTERM)) == 128 + signal.SIGTERM
