@@ -6,6 +6,7 @@ of them, signals to stop, and mistakes of the user, which end a program with one
 
 import difflib
 import hashlib
+import multiprocessing
 import os
 import signal
 import sys
@@ -215,6 +216,8 @@ class StopSignals:
             self.received, self.since = number, time.monotonic()
         elif time.monotonic() - self.since > 10:
             os.write(2, b"stopped within a step; --resume goes on from the last save\n")
+            for worker in multiprocessing.active_children():
+                worker.kill()
             os._exit(128 + number)
 
     def asked(self) -> int:
