@@ -19,6 +19,7 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 from collections import Counter
 from copy import deepcopy
@@ -1548,9 +1549,8 @@ def test_a_teacher_that_knows_no_more_than_the_largest_class_is_refused(tmp_path
     with pytest.raises(UserError, match="has 50.00 %, where naming the largest class alone has 50.00 %"):
         CHECK_TEACHER(50.0, val)
     monkeypatch.setattr("train.check_teacher", CHECK_TEACHER)
-    words = flags(
-        QUICK | {"distill": "hard", "teacher": "resnet18", "teacher_epochs": 1, "out": tmp_path / "run"}
-    )
+    words = QUICK | {"distill": "hard", "teacher": "resnet18", "teacher_epochs": 1, "limit": 16}
+    words = flags(words | {"out": tmp_path / "run"})
     for _ in range(2):  # trained now, and found
         assert "raise --teacher-epochs" in output(run_train, *words, code=2)
         assert not (tmp_path / "run/last.pth").exists()
@@ -1587,7 +1587,7 @@ def test_a_teacher_is_trained_once_and_reused_by_every_student(tmp_path, output)
     student = saved(tmp_path / "s4")
     teacher = Path(student["settings"]["teacher_weights"])
     assert teacher.parent.parent == tmp_path and not list(tmp_path.glob("s?/teacher-*"))
-    assert "dist_token" in student["model"] and saved(teacher.parent)["settings"]["batch_size"] == 55
+    assert "dist_token" in student["model"] and saved(teacher.parent)["settings"]["batch_size"] == 8
 
 
 def no_teacher(*arguments, **options):
@@ -2166,7 +2166,7 @@ class Mischief:
 
 
 MISTAKES = {
-    "--ema 0.9999": "averages over 10000 steps, and the run has only 8; try --ema",
+    "--ema 0.9999": "averages over 10000 steps, and the run has only 80; try --ema",
     "--epoch 3": "unrecognized arguments: --epoch 3; did you mean --epochs?",
     "--learning-rate 1": "unrecognized arguments: --learning-rate 1; see train.py --help",
     "tiny": "unrecognized arguments: tiny",
@@ -2182,6 +2182,9 @@ MISTAKES = {
     "--dropout -0.1": "argument --dropout: -0.1 is not allowed",
     "--erasing 2": "2 is not allowed: it must be from 0 to 1",
     "--tau 0": "argument --tau: 0 is not allowed",
+    "--tau 2": "--tau plays no part in this run; leave it out",
+    "--train head": "unrecognized arguments: --train head; it is a flag of finetune.py",
+    "--local-rank=0": "; start several processes with torchrun",
     "--lam 1.5": "argument --lam: 1.5 is not allowed",
     "--repeats 0": "argument --repeats: 0 is not allowed",
     "--seed -1": "argument --seed: -1 is not allowed",
@@ -2206,10 +2209,10 @@ MISTAKES = {
     "--batch-size 30 --accumulate 4": "does not divide into processes × --accumulate = 4 parts; try 32",
     "--batch-size 129": "is more than an epoch's 128 images",
     "--epochs 3 --warmup-epochs 3": "--warmup-epochs must be less than --epochs, 3",
-    "--data folder --data-path nowhere": "there is no folder nowhere/train; --data-path must hold",
+    "--data folder --data-path nowhere": "nowhere/train; --data-path must hold train/CLASS/*",
     "--data-path empty": "has no use for shapes; for pictures of your own add --data folder",
-    "--data folder --data-path notes.txt": "there is no folder notes.txt",
-    "--data folder --data-path empty": "there is no folder empty/train; --data-path must hold train/CLASS/*",
+    "--data folder --data-path notes.txt": "notes.txt/train; --data-path must hold",
+    "--data folder --data-path empty": "empty/train; --data-path must hold train/CLASS/*",
     "--distill label --no-distill-token": "needs a transformer and no --no-distill-token",
     "--distill label --model resnet18": "needs a transformer",
     "--distill soft --remember-labels": "--remember-labels is for --distill hard alone",
@@ -2540,6 +2543,30 @@ def test_new_heads_of_a_convnet_are_its_last_layer_alone():
     assert {key for key in before if not torch.equal(before[key], after[key])} == {"classifier.5.weight"}
 
 
+def test_few_images_make_ten_steps_an_epoch_unless_a_batch_size_is_given(tmp_path, monkeypatch, output):
+    sizes = [train.fit_batch_size(64, *case) for case in ((5000, 1), (200, 1), (200, 3), (40, 1), (5, 1))]
+    assert sizes == [64, 20, 18, 8, 5]
+    monkeypatch.chdir(write_folder(tmp_path / "pets", STREAMED))
+    words = {"data": "folder", "data_path": ".", "img_size": 32, "patch_size": 16, "depth": 1, "epochs": 1}
+    words |= {"workers": 0, "out": tmp_path / "run"}
+    output(run_train, *flags(words))
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")  # from where --data-path is found too
+    output(run_train, *flags({"out": tmp_path / "run", "resume": True}))
+    contents = saved(tmp_path / "run")
+    assert (contents["settings"]["batch_size"], contents["progress"]["step"]) == (8, 1)
+
+
+def test_a_program_runs_with_its_output_closed_and_training_in_a_thread(tmp_path, monkeypatch):
+    monkeypatch.setattr("sys.stdout", None)
+    words = flags(QUICK | {"epochs": 1, "out": tmp_path / "run"})
+    ended = []
+    thread = threading.Thread(target=lambda: ended.append(run_train(monkeypatch, *words)))
+    thread.start()
+    thread.join()
+    assert ended == [0] and saved(tmp_path / "run")["progress"]["step"] == 3
+
+
 def test_a_full_disk_is_one_line_and_keeps_what_was_saved(tmp_path, output):
     words, last = flags(QUICK | {"epochs": 2, "out": tmp_path / "run"}), tmp_path / "run/last.pth"
     assert forked(words, ("step", 5, signal.SIGTERM)) == 128 + signal.SIGTERM
@@ -2681,7 +2708,15 @@ def test_the_commands_on_the_pages_are_ones_that_the_programs_take():
 
 
 def test_every_flag_file_and_name_on_the_pages_exists():
-    known = {"--nodes", "--ntasks-per-node", "--gpus-per-node", "--cpus-per-task", "--time", "--requeue"}
+    known = {
+        "--nodes",
+        "--ntasks-per-node",
+        "--gpus-per-node",
+        "--cpus-per-task",
+        "--time",
+        "--requeue",
+        "--shm-size",
+    }
     known |= LAUNCHER.union(*(flags_of(script) for script in PROGRAMS))
     sources = {path: path.read_text() for path in Path().glob("*.py")}
     for page in PAGES:
