@@ -2643,7 +2643,7 @@ def test_curves_are_drawn_from_the_logs_of_runs(tmp_path, monkeypatch, output):
     for name, epochs in (("first", 3), ("sec$nd", 5)):
         (tmp_path / name).mkdir()
         accuracy = {"class": 10.0, "distillation": 12.0, "fused": 13.0}
-        log = [{"epoch": n, "accuracy": accuracy} for n in range(1, epochs + 1)]
+        log = [{"epoch": n, "loss": 2.0, "accuracy": accuracy} for n in range(1, epochs + 1)]
         (tmp_path / name / "log.jsonl").write_text("".join(json.dumps(record) + "\n" for record in log))
     figures, save = [], Figure.savefig
     monkeypatch.setattr(Figure, "savefig", lambda self, *a, **k: figures.append(self) or save(self, *a, **k))
