@@ -11,6 +11,7 @@ import json
 import math
 import multiprocessing
 import os
+import pickle
 import re
 import resource
 import shlex
@@ -1151,6 +1152,13 @@ def test_higher_resolution_of_imagenet_is_the_papers_recipe():
     table |= dict(weight_decay=1e-8, warmup_epochs=5, drop_path=0, distill="hard", teacher="regnet_y_16gf")
     table |= dict(augment="randaugment", mixup=0.8, cutmix=1.0, erasing=0.25, smoothing=0.1, repeats=3)
     assert tuned({}).items() >= table.items()
+    own = dict(augment="none", mixup=0.1, cutmix=0.2, erasing=0.3, repeats=2, smoothing=0.4, tau=5.0, lam=0.6)
+    own |= dict(limit=7, teacher="vgg8", teacher_weights="t.pth", no_distill_token=True, depth=3)
+    assert tuned({}, OFFICIAL_TINY | own).items() >= own.items()
+    assert not tuned({"distill": "hard"}, OFFICIAL_TINY | own)["no_distill_token"]
+    shapes = OFFICIAL_TINY | {"data": "shapes", "img_size": 24, "patch_size": 8}
+    assert tuned({}, shapes).items() >= {"epochs": 2, "img_size": 32, "lr": 5e-4}.items()
+    assert tuned({}, shapes | {"model": "vgg8"}).items() >= {"optimizer": "sgd", "lr": 0.1}.items()
     for teacher, weights in (("regnet_y_16gf", "published"), ("vgg8", "")):
         assert tuned({"teacher": teacher})["teacher_weights"] == weights
     rates = [train.learning_rate(step, 1000, 100, Settings(**table)) for step in range(100, 1001)]
@@ -1598,7 +1606,8 @@ def test_auto_is_bf16_where_the_device_is_faster_in_it(tmp_path, monkeypatch, ou
 
 def test_a_teacher_is_trained_once_and_reused_by_every_student(tmp_path, output):
     words = QUICK | {"teacher": "resnet18", "teacher_epochs": 1, "distill": "hard", "epochs": 1}
-    same = {}, {"seed": 1}, {"patch_size": 4}, {"accumulate": 2}, {"batch_size": 18, "distill": "soft"}
+    same = {}, {"seed": 1}, {"patch_size": 4}, {"accumulate": 2, "precision": "bf16"}
+    same += ({"batch_size": 18, "distill": "soft"},)
     other = {"teacher_epochs": 2}, {"img_size": 24}, {"limit": 50}
     for n, more in enumerate(same + other):  # the others decide what the teacher becomes
         told = output(run_train, *flags(words | more | {"out": tmp_path / f"s{n}"}))
@@ -1699,13 +1708,16 @@ def test_shapes_depend_on_seed_split_and_index_alone():
     assert labels.bincount().tolist() == [3] * 10
 
 
-def test_a_folder_of_equal_small_images_is_held_and_another_is_streamed(tmp_path):
+def test_a_folder_of_equal_small_images_is_held_and_another_is_streamed(tmp_path, monkeypatch):
     held = load("folder", write_folder(tmp_path / "a", HELD), 24)[0]
     streamed = load("folder", write_folder(tmp_path / "b", STREAMED), 24)[0]
     assert (type(held), type(streamed)) == (ArraySet, FolderSet)
     assert held.classes == streamed.classes == ["ant", "bee"]
     assert held.labels.tolist() == streamed.labels == [0] * 6 + [1] * 6
     assert np.array_equal(held.images[8].permute(1, 2, 0), Image.open(tmp_path / "a/train/bee/2.png"))
+    for bytes_less, kind in ((0, ArraySet), (1, FolderSet)):
+        monkeypatch.setattr("data.HELD_BYTES", 12 * 3 * 30 * 30 - bytes_less)
+        assert type(load("folder", tmp_path / "a", 24)[0]) is kind
     few, _ = load("folder", tmp_path / "b", 24, limit=4)  # evenly spread, so of all classes
     assert few.paths == streamed.paths[::3] and few.labels == [0, 0, 1, 1]
 
@@ -1738,6 +1750,8 @@ def test_the_processes_of_a_step_share_what_one_process_would_take(folder, monke
         return collect(train_set, 4, augment="off"), [torch.cat(each) for each in shown]
 
     (one, whole), shares, crops = batches(), [], set()
+    shuffles = [one[0], one[3], *collect(train_set, 1, augment="off", seed=6)]  # of epoch 0, 1, and a seed
+    assert len({images.numpy().tobytes() for images, _ in shuffles}) == 3
     alike = ArraySet(noise(1, 3, 48, 48).expand(12, -1, -1, -1), torch.zeros(12).long(), ["a"])
     monkeypatch.setenv("WORLD_SIZE", "2")
     for rank in "01":
@@ -1894,6 +1908,22 @@ def matlab(monkeypatch):
 def names_of(part):
     paths = [Path(path).resolve(strict=True) for path in part.paths]  # they exist
     return [(path.name, part.classes[n]) for path, n in zip(paths, part.labels, strict=True)]
+
+
+@pytest.mark.parametrize(("name", "key"), [("cifar10", "labels"), ("cifar100", "fine_labels")])
+def test_cifar_is_upright_in_color_with_its_names_and_its_own_test_images(tmp_path, monkeypatch, name, key):
+    kind, images = getattr(torchvision.datasets, name.upper()), noise(3, 3, 32, 32)
+    names = {kind.meta["key"]: ["ant", "bee", "cow"]}
+    (tmp_path / kind.base_folder).mkdir()
+    for file, *_ in (*kind.train_list, *kind.test_list, (kind.meta["filename"],)):
+        shown = images[2:] if file.startswith("test") else images[:2]
+        contents = names | {"data": shown.flatten(1).numpy(), key: [2] if len(shown) == 1 else [0, 1]}
+        (tmp_path / kind.base_folder / file).write_bytes(pickle.dumps(contents))
+    monkeypatch.setattr("torchvision.datasets.cifar.check_integrity", lambda *_: True)
+    train_set, val_set = load(name, tmp_path, 32)
+    assert train_set.classes == val_set.classes == ["ant", "bee", "cow"]
+    assert torch.equal(train_set.images[:2], images[:2]) and train_set.labels[:2].tolist() == [0, 1]
+    assert torch.equal(val_set.images, images[2:]) and val_set.labels.tolist() == [2]
 
 
 def test_flowers_train_on_train_and_val_and_are_tested_on_test(tmp_path, monkeypatch, matlab):
@@ -2064,9 +2094,14 @@ def test_the_best_checkpoint_is_the_epochs_with_the_highest_fused_accuracy(tmp_p
     accuracies = iter([40.0, 60.0, 50.0])
     heads = {"class": 1.0, "distillation": 2.0}
     monkeypatch.setattr("train.evaluate", lambda *arguments: heads | {"fused": next(accuracies)})
-    assert run_train(monkeypatch, *flags(QUICK | {"distill": "label", "out": tmp_path / "run"})) == 0
+    words = QUICK | {"distill": "label", "warmup_epochs": 1.5, "out": tmp_path / "run"}
+    assert run_train(monkeypatch, *flags(words)) == 0
     assert saved(tmp_path / "run", "best.pth")["progress"]["step"] == 6
-    assert [r["accuracy"]["fused"] for r in checkpoint.read_log(tmp_path / "run")] == [40, 60, 50]
+    log, peak = checkpoint.read_log(tmp_path / "run"), 3e-3 * 16 / 512
+    assert [record["accuracy"]["fused"] for record in log] == [40, 60, 50]
+    cosine = [1e-5 + (peak - 1e-5) * (1 + math.cos(math.pi * step / 9)) / 2 for step in (5, 8)]
+    rates = [1e-6 + (peak - 1e-6) * 2 / 4, *cosine]  # of each epoch's last step
+    assert [record["lr"] for record in log] == pytest.approx(rates)
     told = capsys.readouterr().out  # the first screen and the last
     assert "\n  circle 6, ring 6, half 6, triangle 6, " in told and "best.pth (epoch 2, 60.00 %)" in told
     size = sum(value.numel() for value in saved(tmp_path / "run")["model"].values())
@@ -2353,8 +2388,9 @@ def test_a_run_is_not_resumed_on_other_data(tmp_path, output):
     words = QUICK | {"data": "folder", "data_path": tmp_path / "data", "epochs": 1, "batch_size": 4}
     output(run_train, *flags(words | {"out": tmp_path / "run"}))
     shutil.rmtree(tmp_path / "data/val/bee")
-    # fewer pictures; then another class
-    for change in (lambda: (bee / "0.png").unlink(), lambda: bee.rename(bee.with_name("cow"))):
+    cow = bee.with_name("cow")
+    # another class; then fewer pictures
+    for change in (lambda: bee.rename(cow), lambda: (cow.rename(bee) / "0.png").unlink()):
         change()
         refused = output(run_train, "--out", tmp_path / "run", "--resume", code=2)
         assert "have changed; start it anew with --overwrite" in refused
