@@ -44,7 +44,8 @@ def draw_sheet(rows: list[Row], side: int, path: str) -> None:
 
     def write(x: int, y: int, text: str) -> None:
         for n, line in enumerate(text.split("\n")):
-            draw.text((x, y + n * line_height), line, "#c02020" if line[:1] == "×" else "black", font)
+            color = "#c02020" if line[:1] == "×" else "black"
+            draw.text((x, y + n * line_height), line.replace("×", "x"), color, font)
 
     for row, (title, images, captions) in enumerate(rows):
         write(4, row * step + side, title)
