@@ -168,6 +168,8 @@ DataSet = ArraySet | FolderSet
 
 
 HIDDEN = re.compile(r"[/\\](\.|__MACOSX)")  # .DS_Store, .ipynb_checkpoints, ._cat.jpg and the like
+ENDINGS = (*torchvision.datasets.folder.IMG_EXTENSIONS, ".jfif", ".jpe", ".gif")
+ENDINGS += (".avif",) if ".avif" in Image.registered_extensions() else ()  # older Pillows read none
 HELD_BYTES = 2**30  # a set of equally large images that needs less than this is held whole
 
 
@@ -184,7 +186,7 @@ def find_images(folder: Path) -> tuple[list[str], list[str]]:
     """
     paths = (os.path.join(at, name) for at, _, names in os.walk(folder) for name in names)
     files = sorted(path for path in paths if not HIDDEN.search(path, len(str(folder))))
-    images = [path for path in files if path.lower().endswith(torchvision.datasets.folder.IMG_EXTENSIONS)]
+    images = [path for path in files if path.lower().endswith(ENDINGS)]
     return images, sorted(set(files) - set(images))
 
 
@@ -264,8 +266,11 @@ def open_folder(s: Settings, split: str) -> DataSet:
     data, folder = list_folder(s, split)
     if not data.paths:
         raise UserError(f"there are no images for {split} in class folders below {folder}")
-    if split == "train" and (empty := set(range(len(data.classes))) - set(data.labels)):
-        raise UserError(f"there is no image in {folder / data.classes[min(empty)]}")
+    empty = [name for label, name in enumerate(data.classes) if label not in set(data.labels)]
+    if empty and split == "train":
+        raise UserError(f"there is no image in {folder / empty[0]}")
+    if empty and split == "val":
+        print0(f"{len(empty)} of {len(data.classes)} classes have no validation images, such as {empty[0]!r}")
     if split == "train" and len(data.classes) == 1:
         raise UserError(f"a network of one class learns nothing, and {folder} has only {data.classes[0]!r}")
     return hold(data)

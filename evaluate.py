@@ -18,6 +18,7 @@ deit_base_distilled), or the name of a torchvision classifier, with its publishe
 
 import copy
 import inspect
+import itertools
 import json
 import os
 import sys
@@ -327,6 +328,27 @@ def throughput(arguments: Namespace) -> None:
 # ---- Pictures ----
 
 
+def image_paths(sources: list[str]) -> Iterator[str]:
+    """The images of files, of folders (all images below, sorted), and of `-`: paths on standard input.
+
+    What a folder has of other files is told on standard error. Raises UserError for one without images.
+    """
+    found = []
+    for source in sources:
+        images, others = [source], []
+        if source == "-":
+            images = (os.fsdecode(line.rstrip(b"\r\n")) for line in sys.stdin.buffer if line.strip())
+        elif Path(source).is_dir():
+            images, others = data.find_images(Path(source))
+            if not images:
+                raise UserError(f"there are no images below {source}")
+        if others:
+            text = f"left out of {source}: {len(others)} files that are no images by their ending"
+            print(printable(text), file=sys.stderr)
+        found.append(images)
+    return itertools.chain.from_iterable(found)
+
+
 def attention(arguments: Namespace) -> None:
     """A picture of what each attention head of a layer attends to from the class and the distillation token.
 
@@ -340,7 +362,7 @@ def attention(arguments: Namespace) -> None:
     if layer > len(network.blocks):
         raise UserError(f"--layer {layer}: the network has {len(network.blocks)} layers")
     rows, side = [], 112  # pixels
-    for image in [data.read_image(path) for path in arguments.images]:
+    for image in map(data.read_image, image_paths(arguments.images)):
         rows += pictures.attention_rows(network, image, layer, HEADS[:2], side)
     pictures.draw_sheet(rows, side, arguments.out)
 
@@ -362,8 +384,9 @@ def curves(arguments: Namespace) -> None:
 def augmentations(arguments: Namespace) -> None:
     """A labeled sheet: six of RandAugment's operations by magnitude, and whole batches with their targets."""
     if arguments.images:
-        files = [data.read_image(path).resize((224, 224)) for path in arguments.images]
-        folders = [Path(path).absolute().parent.name for path in arguments.images]
+        paths = list(image_paths(arguments.images))
+        files = [data.read_image(path).resize((224, 224)) for path in paths]
+        folders = [Path(path).absolute().parent.name for path in paths]
         images, classes = torch.stack([data.to_tensor(file) for file in files]), sorted(set(folders))
         labels = torch.tensor([classes.index(folder) for folder in folders])
     else:
@@ -374,19 +397,6 @@ def augmentations(arguments: Namespace) -> None:
 
 
 # ---- predict: names and probabilities ----
-
-
-def image_paths(sources: list[str]) -> Iterator[str]:
-    """The images of files, of folders (all images below, sorted), and of `-`: paths on standard input."""
-    for source in sources:
-        if source == "-":
-            yield from (os.fsdecode(line.rstrip(b"\r\n")) for line in sys.stdin.buffer if line.strip())
-        elif Path(source).is_dir():
-            if not (images := data.find_images(Path(source))[0]):
-                raise UserError(f"there are no images below {source}")
-            yield from images
-        else:
-            yield source
 
 
 def most_probable(outputs: Tensor | tuple, names: list[str], count: int) -> list[dict]:
@@ -456,7 +466,7 @@ COMMANDS = {
     },
     attention: {
         "checkpoint": CKPT,
-        "images": dict(nargs="+", metavar="IMAGE", help="image files"),
+        "images": dict(nargs="+", metavar="IMAGE", help="files, folders, or - for a list on standard input"),
         "--layer": dict(type=COUNT, help="from 1 [the last]"),
         "--out": dict(metavar="PNG", default="attention.png", help="[attention.png]"),
     },
@@ -471,7 +481,7 @@ COMMANDS = {
         "--out": dict(metavar="PNG", default="curves.png", help="[curves.png]"),
     },
     augmentations: {
-        "images": dict(nargs="*", metavar="IMAGE", help="files; their folders name classes [ten shapes]"),
+        "images": dict(nargs="*", metavar="IMAGE", help="files, folders; folders name classes [ten shapes]"),
         "--out": dict(metavar="PNG", default="augmentations.png", help="[augmentations.png]"),
         "--all": dict(action="store_true", help="every operation instead of six"),
         "--seed": dict(type=int, default=0, help="of the whole batches [0]"),

@@ -1756,6 +1756,12 @@ def test_pictures_of_every_kind_are_read_upright_on_white_and_large_ones_at_a_si
     picture.putpixel((1, 0), (0, 0, 0, 0))
     for name, image in (("RGBA.png", picture), ("P.png", picture.quantize(4))):
         assert read_back(tmp_path / name, image).tolist() == [[[200, 0, 0], [255, 255, 255]]]
+    for name, kind in (("a.jpe", "JPEG"), ("b.JFIF", "JPEG"), ("c.gif", "GIF"), ("d.avif", "AVIF")):
+        (tmp_path / "few").mkdir(exist_ok=True)
+        Image.new("RGB", (8, 8), (200, 0, 0)).save(tmp_path / "few" / name, kind)
+    found, others = data.find_images(tmp_path / "few")
+    assert len(found) == 4 and not others
+    assert all(read_image(path).getpixel((4, 4))[0] > 190 for path in found)
     Image.new("RGB", (1200, 800)).save(tmp_path / "photo.jpg")
     read = [read_image(tmp_path / "photo.jpg", enough) for enough in (None, 401, 400, 201, 200, 1)]
     assert [image.width for image in read] == [1200, 1200, 600, 600, 300, 150]
@@ -1800,11 +1806,11 @@ def test_other_files_are_left_out_loudly_and_without_val_a_tenth_of_train_is_hel
     tmp_path, monkeypatch, capsys, name
 ):
     train_path, val = write_folder(tmp_path, HELD) / "train", tmp_path / "val"
-    touch(train_path, "ant/1.HEIC", "ant/deep/2.gif", "ant/.DS_Store", "ant/._1.png", "__MACOSX/ant/1.png")
+    touch(train_path, "ant/1.HEIC", "ant/deep/2.svg", "ant/.DS_Store", "ant/._1.png", "__MACOSX/ant/1.png")
     touch(train_path, ".ipynb_checkpoints/1.png", "bee/.ipynb_checkpoints/1.png")
     (train_set, _), told = load(name, tmp_path, 24), capsys.readouterr().out
     assert (train_set.classes, len(train_set)) == (["ant", "bee"], 12)
-    text = f"left out of {train_path}: 2 files that are no images by their ending (.gif, .heic)\n"
+    text = f"left out of {train_path}: 2 files that are no images by their ending (.heic, .svg)\n"
     assert told == text
     val.rename(tmp_path / "test")  # another name is not taken for val
     for n in range(6, 200):
@@ -1825,11 +1831,12 @@ def test_other_files_are_left_out_loudly_and_without_val_a_tenth_of_train_is_hel
         load(name, tmp_path, 24)
 
 
-def test_a_validation_set_may_lack_a_class_and_keeps_trains_labels(folder):
+def test_a_validation_set_may_lack_a_class_and_keeps_trains_labels(folder, capsys):
     for path in (folder / "val/ant").iterdir():
         path.unlink()
     for splits in (("train", "val"), ("val",)):
         val_set = load("folder", folder, 24, splits)[-1]
+        assert capsys.readouterr().out == "1 of 2 classes have no validation images, such as 'ant'\n"
         assert (list(val_set.labels), val_set.classes) == ([1] * 6, ["ant", "bee"])
 
 
@@ -2563,6 +2570,13 @@ def test_attention_is_drawn_by_token_and_head_and_augmentations_by_operation(tmp
     output(run_evaluate, *words)
     assert Image.open(tmp_path / "out.png").size == (80 + 5 * 116, 2 * 140)
     assert "--layer 13: the network has 2 layers" in output(run_evaluate, *words, "--layer", "13", code=2)
+    (tmp_path / "photos").mkdir()
+    for n in range(2):  # a folder is all of its images
+        Image.new("RGB", (30, 20), (90 * n, 200, 30)).save(tmp_path / f"photos/{n}.png")
+    output(run_evaluate, *words[:2], tmp_path / "photos", *words[3:])
+    assert Image.open(tmp_path / "out.png").size == (80 + 5 * 116, 2 * 2 * 140)
+    output(run_evaluate, "augmentations", tmp_path / "photos", "--out", tmp_path / "sheet.png")
+    assert Image.open(tmp_path / "sheet.png").height == 8 * 100
     for rows, more in ((6, []), (15, ["--all"])):
         output(run_evaluate, "augmentations", "--out", tmp_path / "sheet.png", *more)
         pixels = np.asarray(Image.open(tmp_path / "sheet.png"))
@@ -2570,7 +2584,7 @@ def test_attention_is_drawn_by_token_and_head_and_augmentations_by_operation(tmp
         assert len({pixels[100 * row : 100 * row + 72, 80:].tobytes() for row in range(rows)}) == rows
 
 
-def test_predictions_are_each_heads_softmax_and_their_mean(tmp_path, monkeypatch, output):
+def test_predictions_are_each_heads_softmax_and_their_mean(tmp_path, monkeypatch, capsys, output):
     model = save_network(tmp_path / "net.pth", ["a", "b", "c"])
     picture = Image.fromarray(np.random.default_rng(0).integers(0, 256, (40, 30, 3), dtype=np.uint8))
     (tmp_path / "deep/a").mkdir(parents=True)
@@ -2579,7 +2593,10 @@ def test_predictions_are_each_heads_softmax_and_their_mean(tmp_path, monkeypatch
         picture.save(file)
     monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(f"{tmp_path}/3.png\n\n".encode())))
     words = ["predict", tmp_path / "net.pth", "--precision", "fp32"]
-    told = output(run_evaluate, *words, tmp_path / "deep", "-", "--json")
+    touch(tmp_path / "deep", "notes.txt", "a/sheet.csv")
+    assert run_evaluate(monkeypatch, *words, tmp_path / "deep", "-", "--json") == 0
+    told, beside = capsys.readouterr()
+    assert beside == f"left out of {tmp_path}/deep: 2 files that are no images by their ending\n"
     records = [json.loads(line) for line in told.splitlines()]
     assert [record["image"] for record in records] == files
     with torch.no_grad():
