@@ -25,6 +25,7 @@ import sys
 import time
 from argparse import Namespace, RawDescriptionHelpFormatter
 from collections.abc import Callable, Iterator
+from contextlib import redirect_stdout
 from pathlib import Path
 
 import torch
@@ -413,7 +414,8 @@ def predict(arguments: Namespace) -> None:
     end. With --json a line of JSON an image: {"image": path, head: [{"name": class, "probability": p}, ...]}.
     `fused` is always among the heads; of a network with one head it is that one's.
     """
-    network, _ = open_network(arguments.checkpoint, arguments)
+    with redirect_stdout(sys.stderr):  # standard output is for predictions alone
+        network, _ = open_network(arguments.checkpoint, arguments)
     names, failed = class_names(network), False
     for path in image_paths(arguments.images):
         try:

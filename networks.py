@@ -8,6 +8,7 @@ the authors' checkpoints, torchvision's.
 import math
 import os
 import re
+from functools import cache
 
 import torch
 import torchvision
@@ -15,8 +16,8 @@ from torch import Tensor, nn
 from torchvision.models.regnet import BlockParams, RegNet
 
 from augment import MEAN
-from checkpoint import OFFICIAL, checkpoint_weights, read_checkpoint
-from launch import UserError, did_you_mean, user_errors, world_size
+from checkpoint import OFFICIAL, checkpoint_weights, published_url, read_checkpoint
+from launch import UserError, did_you_mean, print0, user_errors, world_size
 from model import SIZES, check_fit, create_model
 from settings import Settings
 
@@ -86,16 +87,6 @@ def create_convnet(name: str, num_classes: int, img_size: int) -> nn.Module:
 # ---- Trained networks ----
 
 IMAGENET_RUN = {"data": "imagenet", "data_path": "data", "classes": None}  # no names: ImageNet's own order
-
-
-def published_url(name: str) -> str:
-    """Where a network's ImageNet weights are: the DeiT authors', or the best of torchvision's."""
-    if name in SIZES:
-        return OFFICIAL[f"deit_{name}"]
-    try:
-        return torchvision.models.get_model_weights(name).DEFAULT.url
-    except ValueError:
-        raise UserError(f"torchvision has no weights for {name}; run train.py --model {name}") from None
 
 
 def published_settings(name: str) -> dict:
@@ -213,13 +204,22 @@ def create_teacher(
     our checkpoints, a plain state dict or, for regnet_y_16gf, one in the key layout of the paper's own
     teacher file. The two sizes count where the file does not tell them. Raises ValueError for misfits.
     """
+    published = name if weights == "published" else weights
     contents = read_checkpoint(published_url(name) if weights == "published" else weights) if weights else {}
     saved = {"img_size": img_size, "patch_size": patch_size, "classes": None} | checkpoint_settings(contents)
-    if weights == "published" and name in CONVNETS:
-        saved |= published_settings(name)
+    if published in CONVNETS:
+        saved |= published_settings(published)
     if saved.get("model") not in (name, None):
         raise UserError(f"{weights} holds a {saved['model']}, not a {name}")
     return assemble(saved | {"model": name, "num_classes": num_classes}, contents, weights)
+
+
+@cache  # a program may load a file twice
+def say_what_is_assumed(source: str, model: str, num_classes: int, img_size: int, patch_size: int) -> None:
+    """Says as what a file is taken that does not tell how it was trained."""
+    patches = f", patches of {patch_size}" if model in SIZES else ""
+    text = f"a {model} of {num_classes} classes at {img_size} pixels{patches}"
+    print0(f"{source} is read as {text}, normalized as the authors' are")
 
 
 def load_network(source: str) -> tuple[nn.Module, dict]:
@@ -234,7 +234,12 @@ def load_network(source: str) -> tuple[nn.Module, dict]:
     saved = published_settings(source) if published else checkpoint_settings(contents)
     if not saved.get("model") or "num_classes" not in saved:
         raise UserError(f"{source} does not say what it is; name a checkpoint of train.py or an official one")
-    return assemble({"img_size": 224, "patch_size": 16} | saved, contents, source), saved
+    saved = {"img_size": 224, "patch_size": 16} | saved
+    network = assemble(saved, contents, source)
+    if not published and "settings" not in contents:
+        sizes = ("model", "num_classes", "img_size", "patch_size")
+        say_what_is_assumed(source, *(saved[name] for name in sizes))
+    return network, saved
 
 
 def check_sizes(name: str, s: Settings, micro_batch_size: int) -> None:
@@ -261,9 +266,10 @@ def check_sizes(name: str, s: Settings, micro_batch_size: int) -> None:
 def check_networks(s: Settings) -> None:
     """Raises UserError for a network, or a teacher's weights, that a run could not use, before it begins."""
     source = s.teacher_weights
-    if source == "published" and s.needs_teacher and s.teacher not in SIZES:
+    names = ("", "published", *OFFICIAL, *CONVNETS)
+    if source in ("published", s.teacher) and s.needs_teacher and s.teacher not in SIZES:
         published_settings(s.teacher)
-    elif source not in ("", "published") and "://" not in source and not os.path.exists(source):
-        raise UserError(f"there is no file {source}; --teacher-weights takes a checkpoint's path or URL")
+    elif source not in names and "://" not in source and not os.path.exists(source):
+        raise UserError(f"there is no file {source}; --teacher-weights takes a path, a URL or a name")
     for name in (s.model, s.teacher) if s.needs_teacher else (s.model,):
         check_sizes(name, s, s.batch_size // (world_size() * s.accumulate))

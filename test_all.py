@@ -20,6 +20,7 @@ import socket
 import subprocess
 import sys
 import time
+from argparse import Namespace
 from collections import Counter
 from copy import deepcopy
 from functools import partial
@@ -2086,14 +2087,61 @@ def test_fp16s_first_step_may_overflow_without_harm_to_sgds_momentum(tmp_path, m
 
 def test_files_of_one_name_are_told_by_their_addresses_and_a_hash_in_a_name_counts(tmp_path, monkeypatch):
     monkeypatch.setattr("torch.hub.get_dir", lambda: str(tmp_path / "cache"))
-    for n, name in enumerate(("1/last.pth", "2/last.pth", "net-0123456789.pth")):
+    for n, name in enumerate(("1/last.pth", "2/last.pth", "net-01234567ab.pth", "net-20240131.pth")):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         torch.save({"weight": torch.tensor(n)}, tmp_path / name)
     downloaded = [read_checkpoint(f"file://{tmp_path}/{run}/last.pth") for run in (1, 2, 1)]
     assert [contents["weight"].item() for contents in downloaded] == [0, 1, 0]
     for _ in range(2):  # a file with another hash is not kept
         with pytest.raises(UserError, match="could not download .*: invalid hash value"):
-            read_checkpoint(f"file://{tmp_path}/net-0123456789.pth")
+            read_checkpoint(f"file://{tmp_path}/net-01234567ab.pth")
+    assert read_checkpoint(f"file://{tmp_path}/net-20240131.pth")["weight"] == 3  # a date is no hash
+
+
+OTHERS = {  # what others write beside and around weights
+    "DistributedDataParallel": lambda state: {"module." + key: value for key, value in state.items()},
+    "torch.compile": lambda state: {"model": {"module._orig_mod." + key: state[key] for key in state}},
+    "Lightning": lambda state: {"state_dict": state, "epoch": 3},
+    "timm": lambda state: {"state_dict": {key: 0 * state[key] for key in state}, "state_dict_ema": state},
+    "the authors": lambda state: {"model": state, "args": Namespace(lr=5e-4, model="deit_tiny_patch16_224")},
+    "numpy": lambda state: {"model": state, "best": np.float64(81.3), "epoch": np.int64(3)},
+}
+
+
+@pytest.mark.parametrize("origin", OTHERS)
+def test_the_checkpoints_of_others_are_read_and_what_they_do_not_tell_is_said_once(tmp_path, capsys, origin):
+    plain = create_model("tiny", num_classes=5, img_size=32, patch_size=8, depth=1).eval()
+    file = str(tmp_path / "net.pth")
+    torch.save(OTHERS[origin](plain.state_dict()), file)
+    network, inputs = networks.load_network(file)[0], torch.randn(2, 3, 32, 32)
+    assert torch.equal(network(inputs), plain(inputs))
+    networks.load_network(file)
+    text = f"{file} is read as a tiny of 5 classes at 32 pixels, patches of 8, normalized as the authors' are"
+    assert capsys.readouterr().out == text + "\n"
+    assert torch.equal(create_teacher("tiny", 5, file)(inputs), plain(inputs))
+
+
+def test_safetensors_and_hugging_faces_names_are_told_by_name(tmp_path):
+    (tmp_path / "net.safetensors").touch()
+    with pytest.raises(UserError, match="net.safetensors is a file of safetensors; docs/elsewhere.md has"):
+        read_checkpoint(tmp_path / "net.safetensors")
+    for name in ("vit.embeddings.cls_token", "deit.embeddings.cls_token", "embeddings.cls_token"):
+        torch.save({name: torch.zeros(1, 1, 192)}, tmp_path / "net.bin")
+        with pytest.raises(UserError, match="net.bin has Hugging Face's names of the weights; docs/els"):
+            read_checkpoint(tmp_path / "net.bin")
+
+
+def test_a_teachers_weights_may_be_a_published_name(tmp_path, monkeypatch):
+    states = {"resnet18": torchvision.models.resnet18(), "deit_tiny": create_model("tiny")}
+    for name, network in states.items():
+        torch.save(network.state_dict(), tmp_path / name[:8])
+    monkeypatch.setattr("checkpoint.download", lambda url: tmp_path / Path(url).name[:8])
+    for source, name in (("resnet18", "resnet18"), ("deit_tiny", "tiny")):
+        networks.check_networks(Settings(distill="hard", teacher=name, teacher_weights=source))
+        state = create_teacher(name, 1000, source).state_dict()
+        assert equal(state, states[source].state_dict())
+    with pytest.raises(UserError, match="resnet18 holds a resnet18, not a resnet34"):
+        create_teacher("resnet34", 1000, "resnet18")
 
 
 def test_only_a_cuda_device_is_copied_to_without_waiting():
