@@ -25,6 +25,7 @@ import sys
 import time
 from argparse import Namespace, RawDescriptionHelpFormatter
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import redirect_stdout
 from pathlib import Path
 
@@ -80,7 +81,8 @@ def class_indices(source: str, network: nn.Module, names: list[str]) -> list[int
         networks.check_classes(source, None, names)
         return list(range(count))
     unknown = next(name for name in names if name not in (known or ()))
-    raise UserError(f"{source} knows {count} other classes; the data set has {unknown!r}; see --data")
+    remedy = "name folders by its classes or their numbers"
+    raise UserError(f"{source} knows {count} other classes; the data set has {unknown!r}; {remedy}")
 
 
 def open_val(source: str, network: nn.Module, s: Settings, arguments: Namespace) -> tuple:
@@ -103,19 +105,23 @@ def open_val(source: str, network: nn.Module, s: Settings, arguments: Namespace)
 def top_classes(network: nn.Module, val_set: data.DataSet, s: Settings, device: torch.device) -> tuple:
     """The indices (n,) of the readable images, and each head's first classes int64 (n, heads, min(5, C)).
 
-    Of equal scores the class of lower index is first, as with argmax. The same on every process.
+    Of equal scores the class of lower index is first, as with argmax. Third the largest probability (n,) of
+    the last head. The same on every process.
     """
     batches = []
     for _, scores in predictions(network, val_set, s, device):
         orders = [logits.argsort(dim=1, descending=True, stable=True)[:, :5] for logits in scores]
-        batches.append(torch.stack(orders, dim=1).cpu())  # heads × (B, 5) -> (B, heads, 5)
+        last = fuse(scores[0]) if len(scores) == 1 else scores[-1]
+        # heads × (B, 5) -> (B, heads, 5)
+        batches.append((torch.stack(orders, dim=1).cpu(), last.amax(dim=1).cpu()))
     indices = list(range(launch.rank(), len(val_set), launch.world_size()))
     if isinstance(val_set, data.FolderSet):
         indices = [index for index in indices if val_set.paths[index] not in val_set.broken]
     shares = [share for share in launch.all_gather((indices, batches)) if share[1]]
     indices = torch.tensor([index for part, _ in shares for index in part])
     order = indices.argsort()
-    return indices[order], torch.cat([batch for _, part in shares for batch in part])[order]
+    top, probability = zip(*(batch for _, part in shares for batch in part), strict=True)
+    return indices[order], torch.cat(top)[order], torch.cat(probability)[order]
 
 
 # ---- accuracy: Tables 3 and 5 ----
@@ -141,22 +147,50 @@ def real_labels(path: str, val_set: data.DataSet, origin: str | Path) -> list[li
         raise UserError(f"{path} and ImageNet's validation files, ILSVRC2012_val_*, do not fit") from error
 
 
+def print_matrix(titles: list[str], rows: list[list]) -> None:
+    """A square table whose rows are numbered and named, and whose columns have the numbers."""
+    width = max(map(len, titles)) + 4
+    print0(" " * width + "".join(f"{number:>6}" for number in range(len(titles))))
+    for number, (title, row) in enumerate(zip(titles, rows, strict=True)):
+        print0(f"{f'{number} {printable(title)}':{width}}" + "".join(f"{cell:>6}" for cell in row))
+
+
+def print_mistakes(labels: Tensor, predicted: Tensor, probability: Tensor, names: list, paths: list) -> None:
+    """What is taken for what, for up to 20 classes, and the five most probable of the wrong predictions.
+
+    Labels and predictions int64 (n,), and the predictions' probabilities; `paths` is empty of a held set.
+    """
+    if (count := len(names)) <= 20:
+        print0("images of a class (row) that are taken for a class (column)")
+        pairs = (count * labels + predicted).bincount(minlength=count**2)
+        print_matrix(names, pairs.view(count, count).tolist())
+    wrong = (predicted != labels).nonzero().flatten()
+    for n in wrong[probability[wrong].argsort(descending=True, stable=True)[:5]] if paths else ():
+        text = f"{100 * probability[n]:.1f} % {names[predicted[n]]}, and is {names[labels[n]]}"
+        print0(f"{text}: {paths[n]}")
+
+
 def accuracy(arguments: Namespace) -> None:
     """Top-1 and top-5 accuracy of every head of every checkpoint, on one validation set.
 
     Of equal scores the class of lower index comes first. Top-5 is left out where there are five classes or
     fewer. With --real also ImageNet-Real: a prediction is right if it is one of the image's labels, and
-    images without any do not count. Several processes (torchrun) share the images; each counts once.
+    images without any do not count. Several processes (torchrun) share the images; each counts once. The mean
+    of classes counts every class alike, however many images it has. --per-class ends with the confusion
+    matrix and, of a streamed set, the images that are wrong with the most confidence, both of the last head.
     """
     for source in arguments.checkpoints:
         network, s = open_network(source, arguments)
         val_set, labels, origin = open_val(source, network, s, arguments)
         real = real_labels(arguments.real, val_set, origin) if arguments.real else None
-        indices, top = top_classes(network, val_set, s, arguments.device)
+        indices, top, probability = top_classes(network, val_set, s, arguments.device)
         labels = labels[indices]
         hits = top == labels[:, None, None]  # bool (n, heads, 5)
         print0(f"{source}: {len(labels)} images of {origin}")
         print0(f"  top-1  {accuracy_line(percent(hits[:, :, 0]))}")
+        present = labels.unique().tolist()
+        by_class = torch.stack([hits[labels == label, :, 0].double().mean(dim=0) for label in present])
+        print0(f"  mean of classes  {accuracy_line(percent(by_class))}")
         if network.num_classes > 5:
             print0(f"  top-5  {accuracy_line(percent(hits.any(dim=2)))}")
         if real:
@@ -166,10 +200,11 @@ def accuracy(arguments: Namespace) -> None:
         if arguments.per_class:
             names = class_names(network)
             print0("".join(f"{title:>14}" for title in ("images", *HEADS[: hits.shape[1]])) + "  class")
-            for label in labels.unique().tolist():
-                class_hits = hits[labels == label, :, 0]
-                cells = "".join(f"{share:14.2f}" for share in percent(class_hits).values())
-                print0(f"{len(class_hits):14}{cells}  {names[label]}")
+            for label, shares in zip(present, by_class, strict=True):
+                cells = "".join(f"{100 * share:14.2f}" for share in shares.tolist())
+                print0(f"{(labels == label).sum():14}{cells}  {names[label]}")
+            paths = [val_set.paths[i] for i in indices] if isinstance(val_set, data.FolderSet) else []
+            print_mistakes(labels, top[:, -1, 0], probability, names, paths)
 
 
 # ---- compare: Table 4 ----
@@ -196,18 +231,15 @@ def compare(arguments: Namespace) -> None:
         val_set, labels, origin = open_val(source, network, first, arguments)
         if class_names(network) != classes:
             raise UserError(f"{source} numbers its classes otherwise than {arguments.checkpoints[0]}")
-        indices, top = top_classes(network, val_set, s, arguments.device)
+        indices, top, _ = top_classes(network, val_set, s, arguments.device)
         heads = HEADS[: top.shape[1]]
         titles += [f"{name} {head}" if len(heads) > 1 else name for head in heads]
         decisions += top[:, :, 0].unbind(1)
     decisions = torch.stack([labels[indices], *decisions])  # (rows, n)
     differ = decisions[:, None] != decisions[None]  # (rows, rows, n)
-    width = max(map(len, titles)) + 3
     print0(f"percent of the {len(indices)} images of {origin} that are classified differently")
-    print0(" " * width + "".join(f"{number:>6}" for number in range(len(titles))))
-    for number, (title, shares) in enumerate(zip(titles, differ.double().mean(dim=2).tolist(), strict=True)):
-        cells = "".join(f"{100 * share:6.1f}" for share in shares)
-        print0(f"{f'{number} {printable(title)}':{width}}{cells}")
+    shares = differ.double().mean(dim=2).tolist()
+    print_matrix(titles, [[f"{100 * share:.1f}" for share in row] for row in shares])
     if arguments.out and launch.rank() == 0:
         disputed = differ.sum(dim=(0, 1)).argsort(descending=True, stable=True)[:8]
         plan = [(indices[disputed].tolist(), None)]
@@ -400,11 +432,24 @@ def augmentations(arguments: Namespace) -> None:
 # ---- predict: names and probabilities ----
 
 
-def most_probable(outputs: Tensor | tuple, names: list[str], count: int) -> list[dict]:
-    """The first classes of one image, from logits (1, C) or, for the fused prediction, a pair of them."""
-    probabilities, labels = fuse(outputs)[0].topk(min(count, len(names)))
-    pairs = zip(labels.tolist(), probabilities.tolist(), strict=True)
-    return [{"name": names[label], "probability": probability} for label, probability in pairs]
+def most_probable(outputs: Tensor | tuple, names: list[str], count: int) -> list[list[dict]]:
+    """The first classes of each image, from logits (B, C) or, for the fused prediction, a pair of them."""
+    probabilities, labels = fuse(outputs).topk(min(count, len(names)))
+    tops = []
+    for row in zip(labels.tolist(), probabilities.tolist(), strict=True):
+        tops.append([{"name": names[label], "probability": p} for label, p in zip(*row, strict=True)])
+    return tops
+
+
+def predict_batch(network: nn.Module, crops: list[Tensor], names: list[str], arguments: Namespace) -> list:
+    """The most probable classes by head, a dict for each of the crops uint8 (3, S, S)."""
+    if not crops:
+        return []
+    with launch.autocast(arguments.precision, arguments.device):
+        outputs = network(augment.normalize(torch.stack(crops).to(arguments.device)))
+    heads = [outputs] if isinstance(outputs, Tensor) else [*outputs, outputs]
+    tops = [most_probable(head, names, arguments.top) for head in heads]  # heads × B
+    return [dict(zip(HEADS, top, strict=False)) for top in zip(*tops, strict=True)]
 
 
 def predict(arguments: Namespace) -> None:
@@ -412,29 +457,37 @@ def predict(arguments: Namespace) -> None:
 
     An image that cannot be read is told on standard error; the others go on, and the exit code is 2 at the
     end. With --json a line of JSON an image: {"image": path, head: [{"name": class, "probability": p}, ...]}.
-    `fused` is always among the heads; of a network with one head it is that one's.
+    `fused` is always among the heads; of a network with one head it is that one's. Images are read by threads
+    and answered 64 at a time, in their order.
     """
     with redirect_stdout(sys.stderr):  # standard output is for predictions alone
         network, _ = open_network(arguments.checkpoint, arguments)
-    names, failed = class_names(network), False
-    for path in image_paths(arguments.images):
+    names, failed, paths = class_names(network), False, image_paths(arguments.images)
+
+    def read(path: str) -> Tensor | UserError:
         try:
-            crop = data.crop_file(data.read_image(path), network.img_size, None)
+            return data.crop_file(data.read_image(path), network.img_size, None)
         except UserError as error:
-            print(f"error: {printable(str(error))}", file=sys.stderr, flush=True)
-            failed = True
-            continue
-        with launch.autocast(arguments.precision, arguments.device):
-            outputs = network(augment.normalize(crop[None].to(arguments.device)))
-        heads = [outputs] if isinstance(outputs, Tensor) else [*outputs, outputs]
-        top = {head: most_probable(z, names, arguments.top) for head, z in zip(HEADS, heads, strict=False)}
-        if arguments.json:
-            print(json.dumps({"image": path, "fused": top["class"]} | top), flush=True)
-            continue
-        print(printable(path))
-        for head, classes in top.items():
-            text = "   ".join(f"{one['name']} {100 * one['probability']:.1f} %" for one in classes)
-            print(f"  {head:14}{printable(text)}", flush=True)
+            return error
+
+    pool = ThreadPoolExecutor(8)  # Pillow decodes in all of them at once
+    while batch := list(itertools.islice(paths, 64)):
+        crops = list(pool.map(read, batch))
+        readable = [crop for crop in crops if isinstance(crop, Tensor)]
+        tops = iter(predict_batch(network, readable, names, arguments))
+        for path, crop in zip(batch, crops, strict=True):
+            if isinstance(crop, UserError):
+                print(f"error: {printable(str(crop))}", file=sys.stderr, flush=True)
+                failed = True
+                continue
+            top = next(tops)
+            if arguments.json:
+                print(json.dumps({"image": path, "fused": top["class"]} | top), flush=True)
+                continue
+            print(printable(path))
+            for head, classes in top.items():
+                text = "   ".join(f"{one['name']} {100 * one['probability']:.1f} %" for one in classes)
+                print(f"  {head:14}{printable(text)}", flush=True)
     if failed:
         sys.exit(2)
 
@@ -452,7 +505,7 @@ PRECISION = {"--precision": dict(choices=PRECISIONS, default="auto", help="[auto
 # The functions that are commands, and their arguments
 COMMANDS = {
     accuracy: VAL | PRECISION | {
-        "--per-class": dict(action="store_true", help="top-1 of every class too"),
+        "--per-class": dict(action="store_true", help="by class, what is taken for what, worst mistakes"),
         "--real": dict(metavar="JSON", help="ImageNet-Real's label file, real.json"),
     },
     compare: VAL | PRECISION | {"--out": dict(metavar="PNG", help="a picture of the most disputed images")},

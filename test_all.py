@@ -1319,13 +1319,26 @@ def test_accuracy_is_the_share_of_right_images_on_one_process_and_on_two(insects
     (path / "images/train/elk").mkdir(parents=True)  # what lies beside the folder has no say
     (path / "images/val").rename(path / "images/shots")
     words = ["accuracy", path / "net.pth", "--val", path / "images/shots", "--per-class", "--device", "cpu"]
+    words += ["--precision", "fp32"]
     alone = output(run_evaluate, *words)
     lines = alone.splitlines()
     assert lines[0].endswith(f"net.pth: 11 images of {path}/images/shots")
-    assert lines[1:3] == list(told.values())
-    right = (heads["fused"].argmax(1) == labels)[labels == 3].double().mean()
-    assert [line.split()[0::4] for line in lines[4:]] == [["6", "ant"], ["5", "bee"]]
-    assert lines[5].split()[3] == f"{100 * right:.2f}"
+    assert [lines[1], lines[3]] == list(told.values())
+    decided = {head: scores.argmax(1) for head, scores in heads.items()}
+    right = [(decided["fused"] == labels)[labels == label].double().mean() for label in (1, 3)]
+    assert lines[2].startswith("  mean of classes  class ")
+    assert lines[2].endswith(f"fused {50 * sum(right):.2f} %")  # of 6 ants and 5 bees
+    rows = {words[-1]: words[:4] for words in map(str.split, lines[5:7])}
+    assert (rows["ant"][0], rows["bee"][0]) == ("6", "5")
+    assert [rows[name][3] for name in ("ant", "bee")] == [f"{100 * share:.2f}" for share in right]
+    pairs = Counter(zip(labels.tolist(), decided["fused"].tolist(), strict=True))  # (true, said)
+    table = [line.split()[-7:] for line in lines[9:16]]
+    assert table == [[str(pairs[row, column]) for column in range(7)] for row in range(7)]
+    sure, wrong = heads["fused"].amax(1) / 2, decided["fused"] != labels
+    worst = sorted(wrong.nonzero().flatten().tolist(), key=lambda n: -sure[n])[:5]
+    for line, n in zip(lines[16:], worst, strict=True):
+        told = f"{100 * sure[n]:.1f} % {CLASSES[decided['fused'][n]]}, and is {files[n].parent.name}: "
+        assert line == told + f"{path}/images/shots/{files[n].parent.name}/{files[n].name}"
     assert fork_two(partial(launch.run_program, measure.main), words, path / "told") == alone
 
 
@@ -2652,11 +2665,38 @@ def test_predictions_are_each_heads_softmax_and_their_mean(tmp_path, monkeypatch
     for head, expected in (("class", first), ("distillation", second), ("fused", (first + second) / 2)):
         told = [(each["name"], each["probability"]) for each in records[2][head]]
         assert [name for name, _ in told] == ["abc"[i] for i in expected.argsort(descending=True)]
-        assert [p for _, p in told] == pytest.approx(expected.sort(descending=True)[0].tolist())
+        assert [p for _, p in told] == pytest.approx(expected.sort(descending=True)[0].tolist(), rel=1e-4)
     lines = output(run_evaluate, *words, tmp_path / "3.png", "--top", "1").splitlines()
     assert lines[0] == files[2] and f"{'abc'[first.argmax()]} {100 * first.max():.1f} %" in lines[1]
     (tmp_path / "empty").mkdir()
     assert "no images below" in output(run_evaluate, *words, tmp_path / "empty", code=2)
+
+
+@pytest.mark.parametrize("distilled", [True, False])
+def test_many_images_are_predicted_in_batches_as_one_by_one_and_in_order(
+    tmp_path, monkeypatch, capsys, distilled
+):
+    plain = create_model("tiny", num_classes=3, img_size=16, patch_size=8, depth=1, distilled=distilled)
+    torch.save(plain.state_dict(), tmp_path / "net.pth")  # without settings: its names are numbers
+    rng, files = np.random.default_rng(0), [str(tmp_path / f"{n:03}.png") for n in range(150)]
+    for n, file in enumerate(files):
+        size = (16 + n % 3, 16 + n % 2)
+        Image.fromarray(rng.integers(0, 256, (*size, 3), dtype=np.uint8)).save(file)
+    broken = [files[0], files[70], *files[128:]]  # the last batch has none that can be read
+    for file in broken:
+        Path(file).write_bytes(b"no picture")
+    words = ["predict", tmp_path / "net.pth", tmp_path, "--json", "--precision", "fp32", "--device", "cpu"]
+    assert run_evaluate(monkeypatch, *words) == 2
+    told, errors = capsys.readouterr()
+    read_as, _, *errors = errors.splitlines()  # the second names net.pth as left out
+    assert " is read as a tiny of 3 classes" in read_as
+    assert [line.split(" is ")[0] for line in errors] == [f"error: {file}" for file in broken]
+    records = [json.loads(line) for line in told.splitlines()]
+    assert [record["image"] for record in records] == [file for file in files if file not in broken]
+    for record in records[::9]:
+        expected = fuse(plain.eval()(inputs_of(record["image"])))[0].tolist()
+        shares = {each["name"]: each["probability"] for each in record["fused"]}
+        assert [shares[f"class {n}"] for n in range(3)] == pytest.approx(expected, abs=1e-6)
 
 
 def test_odd_images_are_predicted_or_told_in_one_line_each(tmp_path, monkeypatch, capsys, output):
