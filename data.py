@@ -12,6 +12,7 @@ import re
 import signal
 import zlib
 from collections.abc import Iterable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -19,7 +20,7 @@ from pathlib import Path
 import numpy as np
 import torch
 import torchvision
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, PngImagePlugin
 from torch import Tensor
 from torch.utils.data import DataLoader, get_worker_info
 
@@ -29,28 +30,36 @@ from launch import STOP_SIGNALS, UserError, all_gather, hash_of, main_process_fi
 from settings import Settings
 from shapes import SHAPES, draw_shapes
 
+PngImagePlugin.MAX_TEXT_CHUNK = PngImagePlugin.MAX_TEXT_MEMORY  # a long note does not spoil a PNG
+
 
 def read_image(path: str | Path, enough: int | None = None) -> Image.Image:
     """The picture in a file, upright and RGB with 8 bits; transparent parts lie on white, as on a page.
 
-    Of 16 bits the upper 8 are kept. A JPEG of 2, 4 or 8 times `enough` pixels a side is decoded at a half, a
-    quarter or an eighth of its size, in less time. Raises UserError for a file that cannot be read.
+    Gray of more than 8 bits is scaled by its range: the least of 8, 12 and 16 bits that holds its maximum. A
+    JPEG of 2, 4 or 8 times `enough` pixels a side is decoded at a half, a quarter or an eighth of its size,
+    in less time. Raises UserError for a file that cannot be read.
     """
     try:
         with Image.open(path) as image:
             if enough is not None:
                 image.draft("RGB", (enough, enough))
             image.load()
-            ImageOps.exif_transpose(image, in_place=True)
+            with suppress(Exception):  # a damaged EXIF block can make Pillow raise anything
+                ImageOps.exif_transpose(image, in_place=True)
             if image.mode[0] in "IF":  # gray of more than 8 bits, whose values above 255 convert would clip
                 values = np.asarray(image)
                 if image.mode == "F" or values.min() < 0 or values.max() > 65535:
                     raise ValueError("its values have no known range; save it with 8 or 16 bits")
-                image = Image.fromarray((values >> 8).astype(np.uint8))
+                bits = next(bits for bits in (8, 12, 16) if values.max() < 2**bits)
+                image = Image.fromarray((values >> (bits - 8)).astype(np.uint8))
             if image.getbands()[-1] in ("A", "a") or "transparency" in image.info:
                 image = image.convert("RGBA")
                 image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
             return image if image.mode == "RGB" else image.convert("RGB")
+    except Image.DecompressionBombError as error:
+        remedy = "reduce it, or raise PIL.Image.MAX_IMAGE_PIXELS in data.py"
+        raise UserError(f"{path} has more pixels than Pillow holds for safe; {remedy}") from error
     except Exception as error:  # a damaged file can make the reader raise anything
         raise UserError(f"{path} is not a readable image: {' '.join(str(error).split())}") from error
 

@@ -32,7 +32,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 import torchvision
-from PIL import Image, ImageEnhance, ImageOps
+from PIL import Image, ImageEnhance, ImageOps, PngImagePlugin
 from torch import nn
 from torch.distributed.run import get_args_parser as torchrun_parser
 from torch.optim.optimizer import register_optimizer_step_post_hook
@@ -1755,17 +1755,28 @@ def read_back(path, image, **options):
     return np.asarray(read_image(path))
 
 
-def test_pictures_of_every_kind_are_read_upright_on_white_and_large_ones_at_a_size_that_is_enough(tmp_path):
+def test_pictures_of_every_kind_are_read_upright_on_white_and_large_ones_at_a_size_that_is_enough(
+    tmp_path, monkeypatch
+):
     pixels = np.random.default_rng(0).integers(0, 256, (8, 12, 3), dtype=np.uint8)
     image, exif = Image.fromarray(pixels), Image.Exif()
     exif[0x0112] = 6  # the camera was held upright: turn it clockwise
     assert np.array_equal(read_back(tmp_path / "turned.png", image, exif=exif), np.rot90(pixels, -1))
     for mode in ("L", "P", "RGBA", "CMYK", "1"):
         assert read_back(tmp_path / f"{mode}.tiff", image.convert(mode)).shape == (8, 12, 3)
-    gray = np.arange(96, dtype=np.uint16).reshape(8, 12) * 690  # of 16 bits the upper 8
-    for name, values in (("gray.png", gray), ("gray.tiff", gray.astype(np.int32))):
-        found = read_back(tmp_path / name, Image.fromarray(values))
-        assert np.array_equal(found, np.stack([gray // 256] * 3, axis=2))
+    kinds = [(np.uint16, "png"), (np.uint16, "tiff"), (np.int32, "tiff")]
+    for bits, (kind, ending) in itertools.product((8, 12, 16), kinds):  # scaled by what the largest needs
+        gray = np.linspace(0, 2**bits - 1, 96).astype(kind).reshape(8, 12)
+        found = read_back(tmp_path / f"{bits}.{ending}", Image.fromarray(gray))
+        assert np.array_equal(found, np.stack([gray // 2 ** (bits - 8)] * 3, axis=2))
+    notes = PngImagePlugin.PngInfo()
+    notes.add_text("workflow", "x" * 2**21, zip=True)
+    for options in ({"exif": b"Exif\0\0damaged"}, {"pnginfo": notes}):
+        assert np.array_equal(read_back(tmp_path / "odd.png", image, **options), pixels)
+    with monkeypatch.context() as small:
+        small.setattr("PIL.Image.MAX_IMAGE_PIXELS", 40)
+        with pytest.raises(UserError, match="odd.png has more pixels than .*; reduce it, or raise PIL"):
+            read_image(tmp_path / "odd.png")
     picture = Image.new("RGBA", (2, 1), (200, 0, 0, 255))
     picture.putpixel((1, 0), (0, 0, 0, 0))
     for name, image in (("RGBA.png", picture), ("P.png", picture.quantize(4))):
