@@ -91,8 +91,6 @@ SAFE += [(NUMPY_SCALAR, f"numpy.{core}.multiarray.scalar") for core in ("core", 
 def read_checkpoint(source: str | Path) -> dict:
     """The contents, on the CPU, of the checkpoint that `locate` finds; raises UserError if it is none."""
     path = locate(source)
-    if path.suffix == ".safetensors":
-        raise UserError(f"{source} is a file of safetensors; docs/elsewhere.md has two lines that convert it")
     try:
         if zipfile.is_zipfile(path) and zipfile.ZipFile(path).testzip():  # torch looks at no checksums
             raise ValueError("a checksum differs")
@@ -106,6 +104,8 @@ def read_checkpoint(source: str | Path) -> dict:
     except (FileNotFoundError, PermissionError):
         raise UserError(f"there is no file {path} that may be read") from None
     except Exception as error:  # a damaged file can make the reader raise anything
+        if path.suffix == ".safetensors":  # a newer torch reads them, where the package is installed
+            raise UserError(f"{source} is of safetensors; install it, or see docs/elsewhere.md") from error
         raise UserError(f"{source} is not a checkpoint that can be read safely, or it is damaged") from error
     if any(key.endswith("embeddings.cls_token") for key in weights):
         raise UserError(f"{source} has Hugging Face's names of the weights; docs/elsewhere.md renames them")

@@ -20,6 +20,7 @@ import socket
 import subprocess
 import sys
 import time
+import warnings
 from argparse import Namespace
 from collections import Counter
 from copy import deepcopy
@@ -2147,7 +2148,7 @@ def test_the_checkpoints_of_others_are_read_and_what_they_do_not_tell_is_said_on
 
 def test_safetensors_and_hugging_faces_names_are_told_by_name(tmp_path):
     (tmp_path / "net.safetensors").touch()
-    with pytest.raises(UserError, match="net.safetensors is a file of safetensors; docs/elsewhere.md has"):
+    with pytest.raises(UserError, match="net.safetensors is of safetensors; install it, or see docs/els"):
         read_checkpoint(tmp_path / "net.safetensors")
     for name in ("vit.embeddings.cls_token", "deit.embeddings.cls_token", "embeddings.cls_token"):
         torch.save({name: torch.zeros(1, 1, 192)}, tmp_path / "net.bin")
@@ -2824,6 +2825,63 @@ def test_the_readmes_way_from_a_run_to_python_works_as_printed(tmp_path, monkeyp
     expected = fuse(model(inputs_of("PHOTO.jpg")))[0]
     torch.testing.assert_close(names["program"].module()(names["inputs"]), model(inputs_of("PHOTO.jpg")))
     assert names["probabilities"] == pytest.approx({"cat": expected[0].item(), "dog": expected[1].item()})
+
+
+def hugging_faces_keys(depth, distilled):
+    """Written out, as transformers has them."""
+    block = [f"{part}.{end}" for part in HUGGING_FACES_BLOCK for end in ("weight", "bias")]
+    ends = [f"{head}_classifier" for head in ("cls", "distillation")] if distilled else ["classifier"]
+    base = "deit" if distilled else "vit"
+    keys = ["cls_token", "position_embeddings", *(["distillation_token"] if distilled else [])]
+    keys += [f"patch_embeddings.projection.{end}" for end in ("weight", "bias")]
+    keys = [f"embeddings.{key}" for key in keys]
+    keys += [f"encoder.layer.{n}.{key}" for n in range(depth) for key in block]
+    keys = [f"{base}.{key}" for key in (*keys, "layernorm.weight", "layernorm.bias")]
+    return {*keys, *(f"{head}.{end}" for head in ends for end in ("weight", "bias"))}
+
+
+HUGGING_FACES_BLOCK = ["attention.attention.query", "attention.attention.key", "attention.attention.value"]
+HUGGING_FACES_BLOCK += ["attention.output.dense", "intermediate.dense", "output.dense"]
+HUGGING_FACES_BLOCK += ["layernorm_before", "layernorm_after"]
+
+
+def test_the_python_that_takes_a_network_elsewhere_works_as_printed(tmp_path, monkeypatch):
+    blocks = re.findall(r"```py\n(.*?)```", Path("docs/elsewhere.md").read_text(), re.DOTALL)
+    monkeypatch.chdir(tmp_path)
+    model, paths = save_network(tmp_path / "runs/pets/last.pth", ["cat", "dog"]), []
+    for n in range(3):
+        Image.new("RGB", (30, 20), (10, 90 * n, 30)).save(f"{n}.jpg")
+        paths.append(f"{n}.jpg")
+    # a stand-in for safetensors, which the tests do without: torch's own file
+    reader = SimpleNamespace(load_file=lambda path: torch.load(io.BytesIO(Path(path).read_bytes())))
+    monkeypatch.setitem(sys.modules, "safetensors.torch", reader)
+    monkeypatch.setitem(sys.modules, "safetensors", SimpleNamespace(torch=reader))
+    names = {"paths": paths}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of what torch will move elsewhere
+        for block in blocks:
+            if "load_file" in block:
+                torch.save(names["theirs"], "model.safetensors")
+            exec(block, names)
+    inputs = torch.cat([inputs_of(path) for path in paths])
+    with torch.no_grad():
+        features, expected = model.forward_features(inputs), fuse(model(inputs))
+    torch.testing.assert_close(names["embeddings"], features[:, 0])
+    torch.testing.assert_close(names["patches"], features[:, 2:])
+    assert names["predicted"] == [["cat", "dog"][label] for label in expected.argmax(dim=1)]
+    program = torch.export.load("pets.pt2").module()
+    torch.testing.assert_close(program(names["images"]), expected)
+    assert (fuse(names["quantized"](inputs)) - expected).abs().max() < 0.1
+    for network in (model, create_model("tiny", num_classes=2, depth=3)):
+        state = network.state_dict()
+        theirs = names["to_hugging_face"](state)
+        assert theirs.keys() == hugging_faces_keys(len(network.blocks), network.distilled)
+        assert equal(names["from_hugging_face"](dict(sorted(theirs.items()))), dict(sorted(state.items())))
+    key = "deit.encoder.layer.1.attention.attention.key.bias"  # query, key, value
+    assert torch.equal(names["theirs"][key], model.blocks[1].attn.qkv.bias[192:384])
+    read = networks.load_network("ours.pth")[0]
+    assert equal(read.state_dict(), model.state_dict())
+    assert checkpoint.read_log("runs/python")[-1]["accuracy"] == pytest.approx(names["accuracy"])
 
 
 def test_the_python_on_the_pages_is_the_code_itself():
