@@ -368,16 +368,16 @@ def image_paths(sources: list[str]) -> Iterator[str]:
     """
     found = []
     for source in sources:
-        images, others = [source], []
+        images = [source]
         if source == "-":
             images = (os.fsdecode(line.rstrip(b"\r\n")) for line in sys.stdin.buffer if line.strip())
         elif Path(source).is_dir():
             images, others = data.find_images(Path(source))
             if not images:
                 raise UserError(f"there are no images below {source}")
-        if others:
-            text = f"left out of {source}: {len(others)} files that are no images by their ending"
-            print(printable(text), file=sys.stderr)
+            if others:
+                text = f"left out of {source}: {len(others)} files that are no images by their ending"
+                print(printable(text), file=sys.stderr)
         found.append(images)
     return itertools.chain.from_iterable(found)
 
@@ -432,24 +432,11 @@ def augmentations(arguments: Namespace) -> None:
 # ---- predict: names and probabilities ----
 
 
-def most_probable(outputs: Tensor | tuple, names: list[str], count: int) -> list[list[dict]]:
-    """The first classes of each image, from logits (B, C) or, for the fused prediction, a pair of them."""
-    probabilities, labels = fuse(outputs).topk(min(count, len(names)))
-    tops = []
-    for row in zip(labels.tolist(), probabilities.tolist(), strict=True):
-        tops.append([{"name": names[label], "probability": p} for label, p in zip(*row, strict=True)])
-    return tops
-
-
-def predict_batch(network: nn.Module, crops: list[Tensor], names: list[str], arguments: Namespace) -> list:
-    """The most probable classes by head, a dict for each of the crops uint8 (3, S, S)."""
-    if not crops:
-        return []
-    with launch.autocast(arguments.precision, arguments.device):
-        outputs = network(augment.normalize(torch.stack(crops).to(arguments.device)))
-    heads = [outputs] if isinstance(outputs, Tensor) else [*outputs, outputs]
-    tops = [most_probable(head, names, arguments.top) for head in heads]  # heads × B
-    return [dict(zip(HEADS, top, strict=False)) for top in zip(*tops, strict=True)]
+def most_probable(probabilities: Tensor, names: list[str], count: int) -> list[dict]:
+    """The first classes of one image, from probabilities (C,)."""
+    first, labels = probabilities.topk(min(count, len(names)))
+    pairs = zip(labels.tolist(), first.tolist(), strict=True)
+    return [{"name": names[label], "probability": probability} for label, probability in pairs]
 
 
 def predict(arguments: Namespace) -> None:
@@ -457,30 +444,35 @@ def predict(arguments: Namespace) -> None:
 
     An image that cannot be read is told on standard error; the others go on, and the exit code is 2 at the
     end. With --json a line of JSON an image: {"image": path, head: [{"name": class, "probability": p}, ...]}.
-    `fused` is always among the heads; of a network with one head it is that one's. Images are read by threads
-    and answered 64 at a time, in their order.
+    `fused` is always among the heads; of a network with one head it is that one's. Images are answered 64 at
+    a time, in their order.
     """
     with redirect_stdout(sys.stderr):  # standard output is for predictions alone
         network, _ = open_network(arguments.checkpoint, arguments)
     names, failed, paths = class_names(network), False, image_paths(arguments.images)
 
-    def read(path: str) -> Tensor | UserError:
+    def read(path: str) -> tuple[Tensor, str]:
+        """The crop uint8 (3, S, S), black if there is an error, and the error."""
         try:
-            return data.crop_file(data.read_image(path), network.img_size, None)
+            return data.crop_file(data.read_image(path), network.img_size, None), ""
         except UserError as error:
-            return error
+            return torch.zeros(3, network.img_size, network.img_size, dtype=torch.uint8), str(error)
 
     pool = ThreadPoolExecutor(8)  # Pillow decodes in all of them at once
     while batch := list(itertools.islice(paths, 64)):
-        crops = list(pool.map(read, batch))
-        readable = [crop for crop in crops if isinstance(crop, Tensor)]
-        tops = iter(predict_batch(network, readable, names, arguments))
-        for path, crop in zip(batch, crops, strict=True):
-            if isinstance(crop, UserError):
-                print(f"error: {printable(str(crop))}", file=sys.stderr, flush=True)
+        crops, errors = zip(*pool.map(read, batch), strict=True)
+        with launch.autocast(arguments.precision, arguments.device):
+            outputs = network(augment.normalize(torch.stack(crops).to(arguments.device)))
+        heads = [outputs] if isinstance(outputs, Tensor) else [*outputs, outputs]
+        probabilities = [fuse(head).cpu() for head in heads]  # heads × (B, C)
+        for path, error, *image in zip(batch, errors, *probabilities, strict=True):
+            if error:
+                print(f"error: {printable(error)}", file=sys.stderr, flush=True)
                 failed = True
                 continue
-            top = next(tops)
+            top = {
+                head: most_probable(p, names, arguments.top) for head, p in zip(HEADS, image, strict=False)
+            }
             if arguments.json:
                 print(json.dumps({"image": path, "fused": top["class"]} | top), flush=True)
                 continue

@@ -204,22 +204,17 @@ def create_teacher(
     our checkpoints, a plain state dict or, for regnet_y_16gf, one in the key layout of the paper's own
     teacher file. The two sizes count where the file does not tell them. Raises ValueError for misfits.
     """
-    published = name if weights == "published" else weights
-    contents = read_checkpoint(published_url(name) if weights == "published" else weights) if weights else {}
+    source = published_url(name) if weights == "published" else weights
+    contents = read_checkpoint(source) if weights else {}
     saved = {"img_size": img_size, "patch_size": patch_size, "classes": None} | checkpoint_settings(contents)
-    if published in CONVNETS:
-        saved |= published_settings(published)
+    if weights in ("published", *CONVNETS) and name in CONVNETS:
+        saved |= published_settings(name if weights == "published" else weights)
     if saved.get("model") not in (name, None):
         raise UserError(f"{weights} holds a {saved['model']}, not a {name}")
     return assemble(saved | {"model": name, "num_classes": num_classes}, contents, weights)
 
 
-@cache  # a program may load a file twice
-def say_what_is_assumed(source: str, model: str, num_classes: int, img_size: int, patch_size: int) -> None:
-    """Says as what a file is taken that does not tell how it was trained."""
-    patches = f", patches of {patch_size}" if model in SIZES else ""
-    text = f"a {model} of {num_classes} classes at {img_size} pixels{patches}"
-    print0(f"{source} is read as {text}, normalized as the authors' are")
+say_once = cache(print0)  # a program may load a file twice
 
 
 def load_network(source: str) -> tuple[nn.Module, dict]:
@@ -237,8 +232,8 @@ def load_network(source: str) -> tuple[nn.Module, dict]:
     saved = {"img_size": 224, "patch_size": 16} | saved
     network = assemble(saved, contents, source)
     if not published and "settings" not in contents:
-        sizes = ("model", "num_classes", "img_size", "patch_size")
-        say_what_is_assumed(source, *(saved[name] for name in sizes))
+        text = f"{source} is read as a {saved['model']} of {network.num_classes} classes"
+        say_once(f"{text}, {network.img_size} pixels, normalized as the authors' networks are")
     return network, saved
 
 

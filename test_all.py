@@ -2141,8 +2141,8 @@ def test_the_checkpoints_of_others_are_read_and_what_they_do_not_tell_is_said_on
     network, inputs = networks.load_network(file)[0], torch.randn(2, 3, 32, 32)
     assert torch.equal(network(inputs), plain(inputs))
     networks.load_network(file)
-    text = f"{file} is read as a tiny of 5 classes at 32 pixels, patches of 8, normalized as the authors' are"
-    assert capsys.readouterr().out == text + "\n"
+    text = f"{file} is read as a tiny of 5 classes, 32 pixels, normalized as the authors' networks are\n"
+    assert capsys.readouterr().out == text
     assert torch.equal(create_teacher("tiny", 5, file)(inputs), plain(inputs))
 
 
