@@ -275,7 +275,7 @@ def open_folder(s: Settings, split: str) -> DataSet:
     data, folder = list_folder(s, split)
     if not data.paths:
         raise UserError(f"there are no images for {split} in class folders below {folder}")
-    empty = [name for label, name in enumerate(data.classes) if label not in set(data.labels)]
+    empty = [data.classes[label] for label in sorted(set(range(len(data.classes))) - set(data.labels))]
     if empty and split == "train":
         raise UserError(f"there is no image in {folder / empty[0]}")
     if empty and split == "val":
