@@ -218,9 +218,9 @@ def resumed_settings(given: dict, out: str, kind: type = Settings):
             text = f"the run in {out} has {flag_of(kind, name)} {getattr(s, name)}, not {given[name]}"
             raise UserError(f"{text}; leave the flag out, or train on with finetune.py --checkpoint {out}")
     s = replace(s, **given)
-    s.precision = launch.choose_precision(
-        s.precision, launch.device_type(s.device)
-    )  # older runs were saved with auto
+    if s.precision == "auto":  # a run of an older version, in which a CPU computed in fp32
+        device = launch.device_type(s.device)
+        s.precision = "fp32" if device == "cpu" else launch.choose_precision("auto", device)
     return s
 
 

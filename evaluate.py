@@ -394,7 +394,7 @@ def attention(arguments: Namespace) -> None:
     layer = arguments.layer or len(network.blocks)
     if layer > len(network.blocks):
         raise UserError(f"--layer {layer}: the network has {len(network.blocks)} layers")
-    rows, side = [], 112  # pixels
+    rows, side = [], 128  # pixels
     for image in map(data.read_image, image_paths(arguments.images)):
         rows += pictures.attention_rows(network, image, layer, HEADS[:2], side)
     pictures.draw_sheet(rows, side, arguments.out)
@@ -426,7 +426,7 @@ def augmentations(arguments: Namespace) -> None:
         (images, labels), classes = shapes.draw_shapes("val", 10, 64), list(shapes.SHAPES)
     rows = pictures.operation_rows(images[-1], arguments.all)
     rows += pictures.batch_rows(images, labels, classes, arguments.seed)
-    pictures.draw_sheet(rows, 72, arguments.out)
+    pictures.draw_sheet(rows, 100, arguments.out)
 
 
 # ---- predict: names and probabilities ----

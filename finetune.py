@@ -20,10 +20,19 @@ import networks
 import settings
 from checkpoint import OFFICIAL, holds_run, resumed_settings
 from data import DataSet, load_data, open_split
-from launch import UserError, init, print0, run_program, user_errors
+from launch import UserError, init, print0, run_program, user_errors, world_size
 from model import SIZES, DeiT, check_fit, load_weights
 from settings import Parser, Settings, build_parser, check, complete, flag_of, setting
-from train import accuracy_line, build_network, evaluate, introduce, load_teacher, report, train
+from train import (
+    accuracy_line,
+    build_network,
+    evaluate,
+    fit_batch_size,
+    introduce,
+    load_teacher,
+    report,
+    train,
+)
 
 # What --train lets learn: parameters with one of these in their names. With the attention go the position
 # embeddings, which may just have been resized; they also move the tokens they are added to.
@@ -197,16 +206,19 @@ def start_from(
 def main() -> None:
     started = time.monotonic()
     given = vars(finetune_parser().parse_args())
-    s = resumed_settings(given, given["out"], FinetuneSettings) if "out" in given else None
-    if s is None:
+    resumed = s = resumed_settings(given, given["out"], FinetuneSettings) if "out" in given else None
+    if not resumed:
         if "checkpoint" not in given:
             raise UserError("name the network to start from with --checkpoint, such as a run's last.pth")
         s = finetune_settings(given, networks.load_network(given["checkpoint"])[1])
-        s = resumed_settings(given, s.out, FinetuneSettings) or s
-    check(s)
+        resumed = resumed_settings(given, s.out, FinetuneSettings)
+        s = resumed or s
+    check(s, given)
     networks.check_networks(s)
     device = init(s.device)
     train_set, val_set = load_data(s, device)
+    if "batch_size" not in given and not resumed:
+        s.batch_size = fit_batch_size(s.batch_size, len(train_set), world_size() * s.accumulate)
     network = build_network(s, len(train_set.classes))
     for name, parameter in network.named_parameters():
         parameter.requires_grad_(any(part in name for part in TRAINED[s.trainable]))

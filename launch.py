@@ -10,6 +10,7 @@ import multiprocessing
 import os
 import signal
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, nullcontext
@@ -145,10 +146,15 @@ def printable(text: str) -> str:
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
+def on_terminal() -> bool:
+    """Whether standard output is there, and can rewrite a line."""
+    return sys.stdout is not None and sys.stdout.isatty() and os.environ.get("TERM") != "dumb"
+
+
 def print0(text: str, end: str = "\n") -> None:
     """Prints from rank 0 alone; on a terminal over the line of progress."""
     if rank() == 0:
-        clear = "\r\033[K" if sys.stdout.isatty() else ""
+        clear = "\r\033[K" if on_terminal() else ""
         print(clear + "\n".join(map(printable, text.split("\n"))), end=end, flush=True)
 
 
@@ -163,14 +169,14 @@ class Progress:
         if not self.first_step:
             self.first_step, self.started = step, time.monotonic()
             self.shown = self.started
-        return rank() == 0 and time.monotonic() - self.shown > (0.5 if sys.stdout.isatty() else 15)
+        return rank() == 0 and time.monotonic() - self.shown > (0.5 if on_terminal() else 15)
 
     def show(self, step: int, text: str) -> None:
         self.shown = time.monotonic()
         seconds = (self.shown - self.started) / (step - self.first_step)  # a step
         left = timedelta(seconds=int(seconds * (self.steps - step)))
         rate = f"{self.batch_size / seconds:.0f} images/s"
-        print0(f"{text}  {rate}  {left} left", end="" if sys.stdout.isatty() else "\n")
+        print0(f"{text}  {rate}  {left} left", end="" if on_terminal() else "\n")
 
 
 def did_you_mean(word: str, options: Iterable[str]) -> str:
@@ -209,7 +215,8 @@ class StopSignals:
         self.received, self.since = 0, 0.0  # the signal's number, and when it came first
         # a group of its own, so that no GPU waits for the answer
         self.group = dist.new_group(backend="gloo") if world_size() > 1 else None
-        self.handlers = {number: signal.signal(number, self.note) for number in STOP_SIGNALS}
+        numbers = STOP_SIGNALS if threading.current_thread() is threading.main_thread() else []
+        self.handlers = {number: signal.signal(number, self.note) for number in numbers}
 
     def note(self, number: int, frame) -> None:
         if not self.received:
@@ -248,7 +255,8 @@ def end_program(text: str, code: int) -> NoReturn:
 
 def run_program(main: Callable[[], None]) -> None:
     """Runs a script's main function. A user's mistake ends it with one line; a bug keeps its traceback."""
-    sys.stdout.reconfigure(errors="backslashreplace")  # a terminal without × and τ shows their codes
+    if hasattr(sys.stdout, "reconfigure"):  # it may be closed
+        sys.stdout.reconfigure(errors="backslashreplace")  # a terminal without × and τ shows their codes
     try:
         main()
         if dist.is_initialized():

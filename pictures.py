@@ -8,11 +8,12 @@ python evaluate.py augmentations --out augmentations.png
 from collections.abc import Callable
 
 import torch
-from PIL import Image, ImageDraw, ImageOps
+from PIL import Image, ImageDraw, ImageFont, ImageOps
 from torch import Tensor
 
 import augment
 from data import crop_file
+from distill import Teacher
 from launch import UserError, printable
 from model import DeiT
 
@@ -29,23 +30,26 @@ def save_picture(save: Callable, path: str, **options) -> None:
 
 
 def draw_sheet(rows: list[Row], side: int, path: str) -> None:
-    """Writes a picture of rows of images, each `side` pixels wide, with titles and captions."""
-    lines = [title.split("\n") for title, _, _ in rows]
-    left = max(80, 8 + 6 * max(len(line) for title in lines for line in title))  # room for the titles
-    lines += [caption.split("\n") for _, _, captions in rows for caption in captions]
-    step = side + 14 * max(map(len, lines))  # room for the captions
-    width = left + (side + 4) * max(len(images) for _, images, _ in rows)
+    """Writes a picture of rows of images, each `side` pixels wide, with titles and captions.
+
+    A line of a caption that begins with × is red: something that is wrong.
+    """
+    font, line_height = ImageFont.load_default(13), 17
+    left = 12 + round(max(font.getlength(line) for title, _, _ in rows for line in title.split("\n")))
+    texts = [text for title, _, captions in rows for text in (title, *captions)]
+    step = side + 8 + line_height * max(text.count("\n") + 1 for text in texts)
+    width = left + (side + 6) * max(len(images) for _, images, _ in rows)
     page = Image.new("RGB", (width, step * len(rows)), "white")
     draw = ImageDraw.Draw(page)
 
     def write(x: int, y: int, text: str) -> None:
-        # Pillow's own font may have no other characters
-        draw.text((x, y), text.encode("latin-1", "replace").decode("latin-1"), fill="black")
+        for n, line in enumerate(text.split("\n")):
+            draw.text((x, y + n * line_height), line, "#c02020" if line[:1] == "×" else "black", font)
 
     for row, (title, images, captions) in enumerate(rows):
         write(4, row * step + side, title)
         for column, (image, caption) in enumerate(zip(images, captions, strict=True)):
-            x = left + column * (side + 4)
+            x = left + column * (side + 6)
             page.paste(image.resize((side, side), Image.Resampling.BICUBIC), (x, row * step))
             write(x, row * step + side, caption)
     save_picture(page.save, path, optimize=True)
@@ -113,29 +117,28 @@ COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#00
 
 
 def draw_curves(logs: dict[str, list[dict]], path: str) -> None:
-    """Writes a picture of the training loss and each head's accuracy, by epoch, of runs' logs by name."""
+    """Writes a picture of each head's accuracy in validation, by epoch, of runs' logs by name."""
     try:
         from matplotlib.figure import Figure
         from matplotlib.lines import Line2D
     except ImportError:
         raise UserError("curves needs matplotlib: pip install matplotlib") from None
-    figure = Figure(figsize=(9, 3.6), layout="constrained")
-    left, right = figure.subplots(1, 2)
+    figure = Figure(figsize=(8, 4), layout="constrained")
+    axes = figure.subplots()
     heads = dict.fromkeys(head for log in logs.values() for head in log[0]["accuracy"])
     styles = dict(zip(heads, ("-", "--", ":"), strict=False))
-    marker = "o" if max(map(len, logs.values())) < 20 else ""
+    marker, runs = "o" if max(map(len, logs.values())) < 20 else "", []
     for number, (name, log) in enumerate(logs.items()):
         options = dict(color=COLORS[number % len(COLORS)], marker=marker, markersize=3)
         epochs, label = [record["epoch"] for record in log], printable(name).replace("$", r"\$")
-        left.plot(epochs, [record["loss"] for record in log], label=label, **options)
         for head in log[0]["accuracy"]:
-            right.plot(epochs, [record["accuracy"][head] for record in log], ls=styles[head], **options)
-    left.legend()
-    right.legend(handles=[Line2D([], [], color="gray", ls=styles[head], label=head) for head in heads])
-    for axes, title in ((left, "training loss"), (right, "top-1 accuracy in validation (%)")):
-        axes.set(xlabel="epoch", title=title)
-        axes.grid(alpha=0.3)
-        axes.xaxis.get_major_locator().set_params(integer=True)
+            axes.plot(epochs, [record["accuracy"][head] for record in log], ls=styles[head], **options)
+        runs.append(Line2D([], [], label=label, **options))
+    runs += [Line2D([], [], color="gray", ls=styles[head], label=head) for head in heads]
+    axes.legend(handles=runs)
+    axes.set(xlabel="epoch", ylabel="top-1 accuracy in validation (%)")
+    axes.grid(alpha=0.3)
+    axes.xaxis.get_major_locator().set_params(integer=True)
     save_picture(figure.savefig, path, dpi=110)
 
 
@@ -144,6 +147,7 @@ def draw_curves(logs: dict[str, list[dict]], path: str) -> None:
 MAGNITUDES = (1, 3, 5, 7, 9, 10)
 SIX_OPERATIONS = ("Rotate", "ShearX", "Posterize", "Solarize", "Color", "Equalize")
 NO_ARGUMENT = ("AutoContrast", "Equalize", "Invert")
+UNITS = {"Rotate": "°", "Posterize": " bits"}
 
 
 def operation_rows(image: Tensor, every: bool) -> list[Row]:
@@ -153,15 +157,23 @@ def operation_rows(image: Tensor, every: bool) -> list[Row]:
     rows = []
     for name in augment.OPERATIONS if every else SIX_OPERATIONS:
         arguments = augment.RANDAUGMENT_ARGUMENTS[name](m, sign).float()
-        texts = [f"{argument:.3g}" if name not in NO_ARGUMENT else "" for argument in arguments.tolist()]
+        texts = [f"{argument:.3g}{UNITS.get(name, '')}" for argument in arguments.tolist()]
+        texts = [text.replace("0 bits", "0 bits: black") if text == "0 bits" else text for text in texts]
         captions = [f"magnitude {n}\n{text}" for n, text in zip(MAGNITUDES, texts, strict=True)]
+        if name in NO_ARGUMENT:
+            captions = [f"magnitude {n}" for n in MAGNITUDES]
         changed = augment.OPERATIONS[name](image.expand(len(m), -1, -1, -1), arguments)
         rows.append((name, to_pictures(changed), captions))
     return rows
 
 
-def batch_rows(images: Tensor, labels: Tensor, classes: list[str], seed: int) -> list[Row]:
-    """Batches of images uint8 (n, 3, S, S), labels int64 (n,), as training augments them, with targets."""
+def batch_rows(
+    images: Tensor, labels: Tensor, classes: list[str], seed: int, teacher: Teacher | None = None
+) -> list[Row]:
+    """Batches of images uint8 (n, 3, S, S), labels int64 (n,), as training augments them.
+
+    Beneath stand the label in the file, the target and, with a teacher, its label.
+    """
     rows, batch = [], torch.arange(len(MAGNITUDES)) % len(images)
     mean, std = torch.tensor([augment.MEAN, augment.STD]).view(2, 3, 1, 1)
     for name, mixup, cutmix in (("Mixup", 0.8, 0.0), ("CutMix", 0.0, 1.0)):
@@ -171,10 +183,15 @@ def batch_rows(images: Tensor, labels: Tensor, classes: list[str], seed: int) ->
         inputs, targets = whole_path(cropped, labels[batch], generator)
         pixels = (255 * (inputs * std + mean)).round().clamp(0, 255).byte()
         captions = []
-        for target in targets.tolist():
-            shares = [f"{100 * share:.0f}% {classes[n]}" for n, share in enumerate(target) if share > 0]
-            captions.append("\n".join(shares))
-        rows.append((f"whole path,\n{name}", to_pictures(pixels), captions))
+        for label, target in zip(labels[batch].tolist(), targets.tolist(), strict=True):
+            shares = [f"{100 * share:.0f} % {classes[n]}" for n, share in enumerate(target) if share > 0]
+            captions.append("\n".join([classes[label], *(shares + [""])[:2]]))
+        title = f"{name}\nlabel in the file\ntarget"
+        if teacher:
+            title += "\n\nteacher's label"
+            taught = teacher.logits(inputs, ()).argmax(dim=1).tolist()
+            captions = [f"{caption}\n{classes[n]}" for caption, n in zip(captions, taught, strict=True)]
+        rows.append((title, to_pictures(pixels), [f"\n{caption}" for caption in captions]))
     return rows
 
 
@@ -182,7 +199,12 @@ def batch_rows(images: Tensor, labels: Tensor, classes: list[str], seed: int) ->
 
 
 def disagreement_row(images: Tensor, decisions: Tensor, classifiers: list[str], classes: list[str]) -> Row:
-    """Images uint8 (n, 3, S, S), captioned with the classifiers' decisions int (classifiers, n)."""
-    columns = [classifiers, *([classes[label] for label in column] for column in decisions.T.tolist())]
-    title, *captions = ("\n".join(f"{n} {name}" for n, name in enumerate(names)) for names in columns)
-    return title, to_pictures(images), captions
+    """Images uint8 (n, 3, S, S), captioned with the classifiers' decisions int (classifiers, n).
+
+    The first is the truth; × marks what differs from it.
+    """
+    captions = []
+    for truth, *others in decisions.T.tolist():
+        marked = [("× " if label != truth else "") + classes[label] for label in (truth, *others)]
+        captions.append("\n".join(marked))
+    return "\n".join(classifiers), to_pictures(images), captions

@@ -10,7 +10,7 @@ import math
 import os
 import re
 import textwrap
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import NamedTuple
@@ -54,6 +54,10 @@ def number(kind: type, low: float, high: float = math.inf, auto: bool = False) -
 COUNT, POSITIVE = number(int, 1), number(float, 0)
 SHARE, RATE = number(float, 0, 1), number(float, 0, 0.999999)
 PIXELS = number(int, 1, 4096)
+
+
+def absolute(path: str) -> str:
+    return os.path.abspath(os.path.expanduser(path))
 
 
 def setting(default, allowed, meaning: str, group: str = "", flag: str = ""):
@@ -101,7 +105,8 @@ class Settings:
     """The settings of a run. Rates are probabilities; `lr` is for 512 images."""
 
     data: str = setting("shapes", tuple(RECIPES), "data set, with its recipe", "what to train on what")
-    data_path: str = setting("data", str, "where downloads go, or a tree with train/CLASS/* and val/CLASS/*")
+    data_path: str = setting("data", absolute, "where downloads go, or a tree with train/CLASS/* and "
+                             "val/CLASS/*")
     limit: int = setting(0, number(int, 0), "use only so many training and validation images; 0: all")
     model: str = setting("tiny", str, "tiny, small, base, or a teacher's network: any of --teacher")
     img_size: int = setting(224, PIXELS, "side of the square images, pixels")
@@ -146,7 +151,8 @@ class Settings:
     weight_decay: float = setting(0.05, POSITIVE, "not for biases, norms, tokens and position embeddings")
     clip_grad: float = setting(0.0, POSITIVE, "largest norm of the gradient, 0 is no clipping")
     epochs: int = setting(300, COUNT, "epochs, each of about as many images as the data set has")
-    batch_size: int = setting(1024, COUNT, "images a step, of all processes and accumulated parts together")
+    batch_size: int = setting(1024, COUNT, "images a step, of all processes and accumulated parts together; "
+                              "unless it is given, few images have smaller ones: ten steps an epoch")
     accumulate: int = setting(1, COUNT, "parts into which a process cuts its share of a batch; saves memory")
 
     precision: str = setting("auto", PRECISIONS, "of matrix products; auto: bf16 on a GPU that has it, else "
@@ -201,8 +207,14 @@ def complete(given: dict, recipe: dict | None = None, kind: type = Settings):
     return s
 
 
-def check(s: Settings) -> None:
-    """Refuses early what contradicts itself; networks.py and data.py refuse what does not fit them."""
+def check(s: Settings, given: Iterable[str] = ()) -> None:
+    """Refuses early what contradicts itself, and distillation flags among those `given` that play no part.
+
+    networks.py and data.py refuse what does not fit them.
+    """
+    distillation = {"teacher", "teacher_weights", "teacher_epochs", "tau", "lam", "no_distill_token"}
+    for name in distillation & set(given) & set(idle_settings(s)):
+        raise UserError(f"{flag_of(type(s), name)} plays no part in this run; leave it out")
     parts = world_size() * s.accumulate
     if s.batch_size % parts:
         text = f"--batch-size {s.batch_size} does not divide into processes × --accumulate = {parts} parts"
@@ -236,6 +248,10 @@ class Parser(argparse.ArgumentParser):
         wrong = re.search(r"invalid choice: '(.*?)'|unrecognized arguments: ([\w-]+)", message)
         known = [*self._option_string_actions, *re.findall(r"[\w-]+", message.partition("(")[2])]
         hint = did_you_mean(wrong[1] or wrong[2], known) if wrong else ""
+        if re.search("unrecognized arguments: --(train|checkpoint|recipe)", message):
+            hint = "; it is a flag of finetune.py"
+        if "--local-rank" in message:
+            hint = "; start several processes with torchrun"
         if "--data:" in message and wrong and os.path.isdir(wrong[1] or ""):
             hint = f"; for pictures in a folder: --data folder --data-path {wrong[1]}"
         raise UserError(f"{message}{hint}; see {self.prog} --help")
@@ -264,8 +280,8 @@ def build_parser(prog: str, about: str, shown: dict, kind: type = Settings) -> P
     return parser
 
 
-def describe(s: Settings) -> None:
-    """Prints the settings that play a part in a run; settings.json in its directory has all of them."""
+def idle_settings(s: Settings) -> list[str]:
+    """The settings that play no part in a run."""
     parts = {
         "teacher teacher_weights teacher_epochs remember_labels": s.needs_teacher,
         "tau lam": s.distill == "soft",
@@ -275,7 +291,12 @@ def describe(s: Settings) -> None:
         "warmup_lr": s.warmup_epochs,
         "data_path skip_broken workers": s.data != "shapes",
     }
-    idle = " ".join(names for names, part in parts.items() if not part).split()
+    return " ".join(names for names, part in parts.items() if not part).split()
+
+
+def describe(s: Settings) -> None:
+    """Prints the settings that play a part in a run; settings.json in its directory has all of them."""
+    idle = idle_settings(s)
     text = "  ".join(f"{name}={value}" for name, value in asdict(s).items() if name not in idle)
     options = dict(break_long_words=False, break_on_hyphens=False, initial_indent="  ")
     print0(textwrap.fill(text, 110, subsequent_indent="  ", **options))

@@ -11,6 +11,7 @@ import json
 import math
 import multiprocessing
 import os
+import pickle
 import re
 import resource
 import shlex
@@ -19,6 +20,7 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 import warnings
 from argparse import Namespace
@@ -52,6 +54,7 @@ import train
 from checkpoint import read_checkpoint
 from data import ArraySet, FolderSet, crop_file, read_image, train_batches
 from distill import LOSSES, Teacher, hard_distillation_loss
+from labels import RememberedLabels
 from launch import UserError
 from model import SIZES, Attention, Block, DeiT, DropPath, attend, create_model, fuse, load_weights
 from networks import REGNETY, create_teacher, torchvision_layout
@@ -1100,6 +1103,7 @@ def test_learning_rate_is_torchs_cosine_from_step_0_whose_start_a_linear_warm_up
     peak = 0.0005 * 1024 / 512
     rates = [train.learning_rate(step, 100, 20, s) for step in range(101)]
     np.testing.assert_allclose(rates[:20], np.linspace(1e-6, peak, 21)[:20])
+    assert train.learning_rate(100, 100, 0, Settings(lr=1e-6, batch_size=512)) == 1e-6  # it never rises
     optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=peak)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=100, eta_min=1e-5)
     for step, rate in enumerate(rates):
@@ -1119,17 +1123,20 @@ def test_weight_decay_spares_biases_norms_tokens_and_position_embeddings():
     assert len(decayed["params"]) + len(names) == len(every)
 
 
-def test_the_moving_average_starts_from_the_initial_weights(tmp_path, monkeypatch):
+@pytest.mark.parametrize("model", ["tiny", "vgg8"])  # the second has buffers
+def test_the_moving_average_starts_from_the_initial_weights(tmp_path, monkeypatch, model):
     built, seen = [], []
     monkeypatch.setattr("train.build_network", lambda *of: built.append(build_network(*of)) or built[0])
     hook = register_optimizer_step_post_hook(lambda *_: seen.append(deepcopy(built[0].state_dict())))
-    words = QUICK | {"ema": 0.8, "warmup_epochs": 0}  # the first step is a long one
+    words = QUICK | {"model": model, "ema": 0.8, "warmup_epochs": 0}  # the first step is a long one
     assert run_train(monkeypatch, *flags(words | {"out": tmp_path / "run"})) == 0
     hook.remove()
     average = build_network(complete(words), 10).state_dict()
+    average = {key: value for key, value in average.items() if value.is_floating_point()}
     for weights in seen:
         average = {key: 0.8 * value + 0.2 * weights[key] for key, value in average.items()}
-    torch.testing.assert_close(dict(saved(tmp_path / "run")["model_ema"]), average)
+    found = saved(tmp_path / "run")["model_ema"]
+    torch.testing.assert_close({key: found[key] for key in average}, average)
 
 
 # ---- The paper: resolution and transfer ----
@@ -1149,6 +1156,15 @@ def test_higher_resolution_of_imagenet_is_the_papers_recipe():
     table |= dict(weight_decay=1e-8, warmup_epochs=5, drop_path=0, distill="hard", teacher="regnet_y_16gf")
     table |= dict(augment="randaugment", mixup=0.8, cutmix=1.0, erasing=0.25, smoothing=0.1, repeats=3)
     assert tuned({}).items() >= table.items()
+    own = dict(augment="none", mixup=0.1, cutmix=0.2, erasing=0.3, repeats=2, smoothing=0.4, tau=5.0, lam=0.6)
+    own |= dict(limit=7, teacher="vgg8", teacher_weights="t.pth", no_distill_token=True, depth=3)
+    assert tuned({}, OFFICIAL_TINY | own).items() >= own.items()
+    assert not tuned({"distill": "hard"}, OFFICIAL_TINY | own)["no_distill_token"]
+    shapes = OFFICIAL_TINY | {"data": "shapes", "img_size": 24, "patch_size": 8}
+    assert tuned({}, shapes).items() >= {"epochs": 2, "img_size": 32, "lr": 5e-4}.items()
+    assert tuned({}, shapes | {"model": "vgg8"}).items() >= {"optimizer": "sgd", "lr": 0.1}.items()
+    for teacher, weights in (("regnet_y_16gf", "published"), ("vgg8", "")):
+        assert tuned({"teacher": teacher})["teacher_weights"] == weights
     rates = [train.learning_rate(step, 1000, 100, Settings(**table)) for step in range(100, 1001)]
     assert set(rates) == {5e-6}  # constant after the warm-up
 
@@ -1159,7 +1175,7 @@ def test_transfer_has_the_authors_recipe_and_a_short_one(name):
     table = dict(img_size=224, epochs=1000, batch_size=768, optimizer="sgd", lr=0.01, weight_decay=1e-4)
     table |= dict(drop_path=0, erasing=0, mixup=0.8, cutmix=1.0, smoothing=0.1, augment="randaugment")
     table |= dict(distill="label", data_path="data", patch_size=16, repeats=3)
-    assert tuned(given).items() >= table.items()
+    assert tuned(given, OFFICIAL_TINY | {"data_path": "elsewhere"}).items() >= table.items()
     assert tuned(given, OFFICIAL_TINY | {"distill": "none"})["distill"] == "none"
     short = given | {"recipe": "short"}
     table = dict(optimizer="adamw", epochs=30, img_size=224, lr=5e-4, repeats=1)
@@ -1421,10 +1437,11 @@ def test_compare_is_table_4_with_a_row_for_the_truth_and_each_head(tmp_path, out
     odd = [sum(a != b for a, b in itertools.combinations(said, 2)) for said in zip(*decisions, strict=True)]
     first = Image.fromarray(images[odd.index(max(odd))].permute(1, 2, 0).numpy())
     page = Image.open(tmp_path / "odd.png")
-    shown = page.crop((page.width - 800, 0, page.width - 704, 96))
+    left = page.width - 8 * (96 + 6)
+    shown = page.crop((left, 0, left + 96, 96))
     assert shown.tobytes() == first.resize((96, 96), Image.Resampling.BICUBIC).tobytes()
     row = pictures.disagreement_row([], torch.tensor([[0, 1], [1, 1]]), ["truth", "a"], ["x", "y"])
-    assert row == ("0 truth\n1 a", [], ["0 x\n1 y", "0 y\n1 y"])
+    assert row == ("truth\na", [], ["x\n× y", "y\ny"])
 
 
 def test_token_cosines_are_those_of_the_embeddings_after_each_block(tmp_path, output):
@@ -1510,25 +1527,39 @@ def test_mixed_precision_trains_with_clipping_accumulation_and_average(tmp_path,
     assert checkpoint.read_log(tmp_path / "run")[-1]["loss"] < 2.5
 
 
+@pytest.mark.parametrize("precision", ["fp32", "fp16"])
+def test_a_steps_gradient_is_clipped_to_its_norm_whatever_the_losss_scale(tmp_path, monkeypatch, precision):
+    words = QUICK | {"limit": 16, "epochs": 1, "warmup_epochs": 0, "optimizer": "sgd", "lr": 32.0}
+    words |= {"weight_decay": 0.0, "clip_grad": 0.01, "precision": precision}
+    assert run_train(monkeypatch, *flags(words | {"out": tmp_path / "run"})) == 0
+    before, after = build_network(complete(words), 10).state_dict(), saved(tmp_path / "run")["model"]
+    moved = torch.cat([(after[key] - value).flatten() for key, value in before.items()]).norm()
+    assert moved.item() == pytest.approx(1.9 * 0.01, rel=1e-3)  # of rate 1: Nesterov's first step is 1.9
+
+
 def recorded():
-    """A training run that leaves the sums of each process's weights in OUT/rankN.json."""
-    built, build = [], train.build_network
+    """A training run that leaves its weights' sums and its generators' seeds in OUT/rankN.json."""
+    built, build, seeds, keyed = [], train.build_network, [], train.keyed_generator
     train.build_network = lambda *arguments: built.append(build(*arguments)) or built[-1]
+    train.keyed_generator = lambda *key: seeds.append(keyed(*key).initial_seed()) or keyed(*key)
     train.main()
     digest = {key: value.double().sum().item() for key, value in built[-1].state_dict().items()}
     out = Path(sys.argv[sys.argv.index("--out") + 1])
-    (out / f"rank{launch.rank()}.json").write_text(json.dumps(digest))
+    (out / f"rank{launch.rank()}.json").write_text(json.dumps([digest, seeds]))
 
 
 def test_accumulated_parts_and_two_processes_give_the_steps_of_the_whole_batch(tmp_path):
     words = flags(QUICK | PLAIN)
     for out, parts in (("whole", 1), ("parts", 4)):
         fork(recorded, [*words, "--accumulate", parts, "--out", tmp_path / out]).join()
-    fork_two(recorded, [*words, "--out", tmp_path / "two"])
-    first, second = (json.loads((tmp_path / f"two/rank{rank}.json").read_text()) for rank in (0, 1))
-    assert first == second
+    for out, parts in (("two", 1), ("both", 2)):
+        fork_two(recorded, [*words, "--accumulate", parts, "--out", tmp_path / out])
+        told = [json.loads((tmp_path / f"{out}/rank{rank}.json").read_text()) for rank in (0, 1)]
+        (first, one), (second, two) = told
+        assert first == second
+        assert len({*one, *two}) == 2 * 9 * parts * 2  # each part of a step draws for itself
     whole, record = saved(tmp_path / "whole"), checkpoint.read_log(tmp_path / "whole")[-1]
-    for out in ("parts", "two"):
+    for out in ("parts", "two", "both"):
         torch.testing.assert_close(saved(tmp_path / out)["model"], whole["model"], rtol=1e-3, atol=4e-4)
         ended = checkpoint.read_log(tmp_path / out)[-1]
         assert ended["loss"] == pytest.approx(record["loss"], rel=1e-4)
@@ -1537,7 +1568,7 @@ def test_accumulated_parts_and_two_processes_give_the_steps_of_the_whole_batch(t
 
 def test_two_processes_keep_one_set_of_batchnorm_statistics(tmp_path):
     fork_two(recorded, flags(QUICK | {"model": "regnet_y_200mf", "epochs": 1, "out": tmp_path / "run"}))
-    first, second = (json.loads((tmp_path / f"run/rank{rank}.json").read_text()) for rank in (0, 1))
+    first, second = (json.loads((tmp_path / f"run/rank{rank}.json").read_text())[0] for rank in (0, 1))
     assert first == second and any("running_var" in key for key in first)
 
 
@@ -1563,9 +1594,8 @@ def test_a_teacher_that_knows_no_more_than_the_largest_class_is_refused(tmp_path
     with pytest.raises(UserError, match="has 50.00 %, where naming the largest class alone has 50.00 %"):
         CHECK_TEACHER(50.0, val)
     monkeypatch.setattr("train.check_teacher", CHECK_TEACHER)
-    words = flags(
-        QUICK | {"distill": "hard", "teacher": "resnet18", "teacher_epochs": 1, "out": tmp_path / "run"}
-    )
+    words = QUICK | {"distill": "hard", "teacher": "resnet18", "teacher_epochs": 1, "limit": 16}
+    words = flags(words | {"out": tmp_path / "run"})
     for _ in range(2):  # trained now, and found
         assert "raise --teacher-epochs" in output(run_train, *words, code=2)
         assert not (tmp_path / "run/last.pth").exists()
@@ -1602,7 +1632,7 @@ def test_a_teacher_is_trained_once_and_reused_by_every_student(tmp_path, output)
     student = saved(tmp_path / "s4")
     teacher = Path(student["settings"]["teacher_weights"])
     assert teacher.parent.parent == tmp_path and not list(tmp_path.glob("s?/teacher-*"))
-    assert "dist_token" in student["model"] and saved(teacher.parent)["settings"]["batch_size"] == 55
+    assert "dist_token" in student["model"] and saved(teacher.parent)["settings"]["batch_size"] == 8
 
 
 def no_teacher(*arguments, **options):
@@ -1628,7 +1658,12 @@ def test_a_second_student_reads_the_labels_that_the_first_ones_teacher_gave(tmp_
     others = {"lr": 1e-3}, {"no_distill_token": True}, {"drop_path": 0.2}, {"smoothing": 0.0}, {"depth": 1}
     for n, more in enumerate(others):
         assert run_train(monkeypatch, *flags(words | more | {"out": tmp_path / f"s{n}"})) == 0
+    contents = saved(saved(tmp_path / "plain")["settings"]["teacher_weights"], "")
+    next(iter(contents["model"].values())).neg_()
+    torch.save(contents, tmp_path / "other.pth")
     inputs = {"seed": 1}, {"batch_size": 8}, {"accumulate": 1}, {"mixup": 0.0}, {"erasing": 0.0}
+    inputs += {"cutmix": 0.0}, {"precision": "bf16"}, {"patch_size": 4}
+    inputs += ({"teacher_weights": tmp_path / "other.pth"},)
     for n, more in enumerate((*inputs, {"limit": 50}, {"augment": "none"}, {"repeats": 3})):
         with pytest.raises(AssertionError, match="the teacher was asked"):
             run_train(monkeypatch, *flags(words | more | {"out": tmp_path / f"t{n}"}))
@@ -1644,7 +1679,7 @@ def test_a_second_student_reads_the_labels_that_the_first_ones_teacher_gave(tmp_
             run_train(monkeypatch, *flags(words | {"out": tmp_path / edited}))
 
 
-def test_each_of_two_processes_remembers_its_own_labels(tmp_path):
+def test_each_of_two_processes_remembers_its_own_labels(tmp_path, output):
     words = QUICK | {"distill": "hard", "teacher_epochs": 1, "epochs": 2}
     fork_two(train.main, flags(words | {"out": tmp_path / "plain"}))
     words["remember_labels"] = True
@@ -1652,7 +1687,17 @@ def test_each_of_two_processes_remembers_its_own_labels(tmp_path):
         told = fork_two(train.main, flags(words | {"out": tmp_path / out}), tmp_path / "told")
         assert f"for each process,{known} are known" in told
         assert same_run(tmp_path / "plain", tmp_path / out)
-    assert len(list(tmp_path.glob("labels-*"))) == 2
+    assert ", 0 % are known" in output(run_train, *flags(words | {"out": tmp_path / "alone"}))
+    assert len(list(tmp_path.glob("labels-*"))) == 3
+
+
+def test_the_last_of_256_classes_is_remembered_too(tmp_path):
+    s = Settings(img_size=8, batch_size=4, epochs=1, repeats=1, out=str(tmp_path / "run"))
+    part = ArraySet(noise(4, 3, 8, 8), torch.zeros(4).long(), [str(n) for n in range(256)])
+    said = F.one_hot(torch.tensor([255, 0, 254, 255]), 256)
+    for load in (lambda: SimpleNamespace(logits=lambda *_: said), no_teacher):
+        remembered = RememberedLabels(s, part, {"teacher_hash": ""}, load, CPU)
+        assert torch.equal(remembered.logits(None, (0, 0, 0, 0)), said)
 
 
 # ---- The loop: the data ----
@@ -1679,13 +1724,16 @@ def test_shapes_depend_on_seed_split_and_index_alone():
     assert labels.bincount().tolist() == [3] * 10
 
 
-def test_a_folder_of_equal_small_images_is_held_and_another_is_streamed(tmp_path):
+def test_a_folder_of_equal_small_images_is_held_and_another_is_streamed(tmp_path, monkeypatch):
     held = load("folder", write_folder(tmp_path / "a", HELD), 24)[0]
     streamed = load("folder", write_folder(tmp_path / "b", STREAMED), 24)[0]
     assert (type(held), type(streamed)) == (ArraySet, FolderSet)
     assert held.classes == streamed.classes == ["ant", "bee"]
     assert held.labels.tolist() == streamed.labels == [0] * 6 + [1] * 6
     assert np.array_equal(held.images[8].permute(1, 2, 0), Image.open(tmp_path / "a/train/bee/2.png"))
+    for bytes_less, kind in ((0, ArraySet), (1, FolderSet)):
+        monkeypatch.setattr("data.HELD_BYTES", 12 * 3 * 30 * 30 - bytes_less)
+        assert type(load("folder", tmp_path / "a", 24)[0]) is kind
     few, _ = load("folder", tmp_path / "b", 24, limit=4)  # evenly spread, so of all classes
     assert few.paths == streamed.paths[::3] and few.labels == [0, 0, 1, 1]
 
@@ -1717,11 +1765,17 @@ def test_the_processes_of_a_step_share_what_one_process_would_take(folder, monke
         shown = zip(*data.eval_batches(val_set, s, CPU), strict=True)
         return collect(train_set, 4, augment="off"), [torch.cat(each) for each in shown]
 
-    (one, whole), shares = batches(), []
+    (one, whole), shares, crops = batches(), [], set()
+    shuffles = [one[0], one[3], *collect(train_set, 1, augment="off", seed=6)]  # of epoch 0, 1, and a seed
+    assert len({images.numpy().tobytes() for images, _ in shuffles}) == 3
+    alike = ArraySet(noise(1, 3, 48, 48).expand(12, -1, -1, -1), torch.zeros(12).long(), ["a"])
     monkeypatch.setenv("WORLD_SIZE", "2")
     for rank in "01":
         monkeypatch.setenv("RANK", rank)
         shares.append(batches())
+        parts = [*collect(alike, 6, accumulate=2), *collect(alike, 6, accumulate=2, seed=6)]
+        crops |= {images.numpy().tobytes() for images, _ in parts}
+    assert len(crops) == 2 * 12  # each part of a step has crops of its own
     for (images, labels), *both in zip(one, *(taught for taught, _ in shares), strict=True):
         assert torch.equal(images, torch.stack([share[0] for share in both], dim=1).flatten(0, 1))
         assert torch.equal(labels, torch.stack([share[1] for share in both], dim=1).flatten(0, 1))
@@ -1731,9 +1785,10 @@ def test_the_processes_of_a_step_share_what_one_process_would_take(folder, monke
 
 def test_an_images_repeats_are_decoded_once_and_cropped_differently(tmp_path, monkeypatch):
     part, reads = load("folder", write_folder(tmp_path, STREAMED), 24)[0], []
-    monkeypatch.setattr("data.read_image", lambda path, enough: reads.append(path) or read_image(path))
+    monkeypatch.setattr("data.read_image", lambda *given: reads.append(given) or read_image(*given))
     images = collect(part, 1, repeats=3, batch_size=12)[0][0]
     assert len(reads) == len(set(reads)) == 4
+    assert {enough for _, enough in reads} == {4 * 24}  # the smallest crop is a quarter of a side
     assert len({image.numpy().tobytes() for image in images}) == 12
 
 
@@ -1778,6 +1833,9 @@ def test_pictures_of_every_kind_are_read_upright_on_white_and_large_ones_at_a_si
         small.setattr("PIL.Image.MAX_IMAGE_PIXELS", 40)
         with pytest.raises(UserError, match="odd.png has more pixels than .*; reduce it, or raise PIL"):
             read_image(tmp_path / "odd.png")
+    for value in (-1, 65536, 0.5):  # of 32 bits
+        with pytest.raises(UserError, match="its values have no known range"):
+            read_back(tmp_path / "deep.tiff", Image.new("F" if value == 0.5 else "I", (1, 1), value))
     picture = Image.new("RGBA", (2, 1), (200, 0, 0, 255))
     picture.putpixel((1, 0), (0, 0, 0, 0))
     for name, image in (("RGBA.png", picture), ("P.png", picture.quantize(4))):
@@ -1887,6 +1945,22 @@ def matlab(monkeypatch):
 def names_of(part):
     paths = [Path(path).resolve(strict=True) for path in part.paths]  # they exist
     return [(path.name, part.classes[n]) for path, n in zip(paths, part.labels, strict=True)]
+
+
+@pytest.mark.parametrize(("name", "key"), [("cifar10", "labels"), ("cifar100", "fine_labels")])
+def test_cifar_is_upright_in_color_with_its_names_and_its_own_test_images(tmp_path, monkeypatch, name, key):
+    kind, images = getattr(torchvision.datasets, name.upper()), noise(3, 3, 32, 32)
+    names = {kind.meta["key"]: ["ant", "bee", "cow"]}
+    (tmp_path / kind.base_folder).mkdir()
+    for file, *_ in (*kind.train_list, *kind.test_list, (kind.meta["filename"],)):
+        shown = images[2:] if file.startswith("test") else images[:2]
+        contents = names | {"data": shown.flatten(1).numpy(), key: [2] if len(shown) == 1 else [0, 1]}
+        (tmp_path / kind.base_folder / file).write_bytes(pickle.dumps(contents))
+    monkeypatch.setattr("torchvision.datasets.cifar.check_integrity", lambda *_: True)
+    train_set, val_set = load(name, tmp_path, 32)
+    assert train_set.classes == val_set.classes == ["ant", "bee", "cow"]
+    assert torch.equal(train_set.images[:2], images[:2]) and train_set.labels[:2].tolist() == [0, 1]
+    assert torch.equal(val_set.images, images[2:]) and val_set.labels.tolist() == [2]
 
 
 def test_flowers_train_on_train_and_val_and_are_tested_on_test(tmp_path, monkeypatch, matlab):
@@ -2028,18 +2102,43 @@ def test_a_run_goes_on_with_its_own_settings_or_is_written_over_when_told_to(tmp
         told = output(run_train, *flags(again | {name: value}), code=2)
         assert f"run has --{name} {kept[name]}, not {value}" in told
         assert f"or train on with finetune.py --checkpoint {tmp_path}" in told
-    output(run_train, *words, "--overwrite", "--seed", "1")
+    with monkeypatch.context() as broken:
+        multiply_loss(broken, 2, math.nan)  # in step 3
+        output(run_train, *words, "--overwrite", "--seed", "1", code=2)
+    assert {path.name for path in last.parent.iterdir()} == {".lock", "last.pth", "settings.json"}
+    output(run_train, *flags(again))
     assert saved(tmp_path / "run")["settings"]["seed"] == 1 and last.read_bytes() != before
     assert len(checkpoint.read_log(tmp_path / "run")) == 1
+
+
+def test_a_resumed_run_may_have_other_values_of_these_settings_alone(tmp_path):
+    s = finetune.FinetuneSettings(out=str(tmp_path))
+    checkpoint.save_settings(s)
+    taken = set()
+    for name, value in vars(s).items():
+        other = "cpu" if isinstance(value, str) else not value if isinstance(value, bool) else value + 1
+        with contextlib.suppress(UserError):
+            given = {"resume": True} | {name: other}
+            found = checkpoint.resumed_settings(given, str(tmp_path), finetune.FinetuneSettings)
+            assert getattr(found, name) == other
+            taken.add(name)
+    free = {"out", "data_path", "device", "workers", "compile", "resume", "overwrite", "save_every"}
+    free |= {"skip_broken", "remember_labels", "accumulate"}  # these do not change what it computes
+    assert taken == free | {"teacher_weights", "lr", "clip_grad", "precision"}
 
 
 def test_the_best_checkpoint_is_the_epochs_with_the_highest_fused_accuracy(tmp_path, monkeypatch, capsys):
     accuracies = iter([40.0, 60.0, 50.0])
     heads = {"class": 1.0, "distillation": 2.0}
     monkeypatch.setattr("train.evaluate", lambda *arguments: heads | {"fused": next(accuracies)})
-    assert run_train(monkeypatch, *flags(QUICK | {"distill": "label", "out": tmp_path / "run"})) == 0
+    words = QUICK | {"distill": "label", "warmup_epochs": 1.5, "out": tmp_path / "run"}
+    assert run_train(monkeypatch, *flags(words)) == 0
     assert saved(tmp_path / "run", "best.pth")["progress"]["step"] == 6
-    assert [r["accuracy"]["fused"] for r in checkpoint.read_log(tmp_path / "run")] == [40, 60, 50]
+    log, peak = checkpoint.read_log(tmp_path / "run"), 3e-3 * 16 / 512
+    assert [record["accuracy"]["fused"] for record in log] == [40, 60, 50]
+    cosine = [1e-5 + (peak - 1e-5) * (1 + math.cos(math.pi * step / 9)) / 2 for step in (5, 8)]
+    rates = [1e-6 + (peak - 1e-6) * 2 / 4, *cosine]  # of each epoch's last step
+    assert [record["lr"] for record in log] == pytest.approx(rates)
     told = capsys.readouterr().out  # the first screen and the last
     assert "\n  circle 6, ring 6, half 6, triangle 6, " in told and "best.pth (epoch 2, 60.00 %)" in told
     size = sum(value.numel() for value in saved(tmp_path / "run")["model"].values())
@@ -2246,7 +2345,7 @@ class Mischief:
 
 
 MISTAKES = {
-    "--ema 0.9999": "averages over 10000 steps, and the run has only 8; try --ema",
+    "--ema 0.9999": "averages over 10000 steps, and the run has only 80; try --ema",
     "--epoch 3": "unrecognized arguments: --epoch 3; did you mean --epochs?",
     "--learning-rate 1": "unrecognized arguments: --learning-rate 1; see train.py --help",
     "tiny": "unrecognized arguments: tiny",
@@ -2262,6 +2361,9 @@ MISTAKES = {
     "--dropout -0.1": "argument --dropout: -0.1 is not allowed",
     "--erasing 2": "2 is not allowed: it must be from 0 to 1",
     "--tau 0": "argument --tau: 0 is not allowed",
+    "--tau 2": "--tau plays no part in this run; leave it out",
+    "--train head": "unrecognized arguments: --train head; it is a flag of finetune.py",
+    "--local-rank=0": "; start several processes with torchrun",
     "--lam 1.5": "argument --lam: 1.5 is not allowed",
     "--repeats 0": "argument --repeats: 0 is not allowed",
     "--seed -1": "argument --seed: -1 is not allowed",
@@ -2286,10 +2388,10 @@ MISTAKES = {
     "--batch-size 30 --accumulate 4": "does not divide into processes × --accumulate = 4 parts; try 32",
     "--batch-size 129": "is more than an epoch's 128 images",
     "--epochs 3 --warmup-epochs 3": "--warmup-epochs must be less than --epochs, 3",
-    "--data folder --data-path nowhere": "there is no folder nowhere/train; --data-path must hold",
+    "--data folder --data-path nowhere": "nowhere/train; --data-path must hold train/CLASS/*",
     "--data-path empty": "has no use for shapes; for pictures of your own add --data folder",
-    "--data folder --data-path notes.txt": "there is no folder notes.txt",
-    "--data folder --data-path empty": "there is no folder empty/train; --data-path must hold train/CLASS/*",
+    "--data folder --data-path notes.txt": "notes.txt/train; --data-path must hold",
+    "--data folder --data-path empty": "empty/train; --data-path must hold train/CLASS/*",
     "--distill label --no-distill-token": "needs a transformer and no --no-distill-token",
     "--distill label --model resnet18": "needs a transformer",
     "--distill soft --remember-labels": "--remember-labels is for --distill hard alone",
@@ -2305,6 +2407,7 @@ MISTAKES = {
     "--distill hard --teacher small --teacher-weights seven.pth": "seven.pth holds a tiny, not a small",
     "--distill hard --teacher-weights http://127.0.0.1:9/teacher.pth": "could not download http://127.0.0.1:9",
     "--distill hard --teacher regnet_y_4gf --teacher-weights published": "torchvision has no weights",
+    "--distill hard --teacher efficientnet_v2_l --teacher-weights published": "were normalized differently",
     "--model maxvit_t": "maxvit_t cannot learn from batches of 128 images of 24 pixels",
     "--model regnet_y_200mf --img-size 4 --batch-size 1": "cannot learn from batches of 1 images of 4 pixels",
     "--out /proc/nowhere": "could not write into /proc/nowhere: No such file or directory",
@@ -2372,8 +2475,9 @@ def test_a_run_is_not_resumed_on_other_data(tmp_path, output):
     words = QUICK | {"data": "folder", "data_path": tmp_path / "data", "epochs": 1, "batch_size": 4}
     output(run_train, *flags(words | {"out": tmp_path / "run"}))
     shutil.rmtree(tmp_path / "data/val/bee")
-    # fewer pictures; then another class
-    for change in (lambda: (bee / "0.png").unlink(), lambda: bee.rename(bee.with_name("cow"))):
+    cow = bee.with_name("cow")
+    # another class; then fewer pictures
+    for change in (lambda: bee.rename(cow), lambda: (cow.rename(bee) / "0.png").unlink()):
         change()
         refused = output(run_train, "--out", tmp_path / "run", "--resume", code=2)
         assert "have changed; start it anew with --overwrite" in refused
@@ -2450,8 +2554,8 @@ def test_after_a_nan_a_run_goes_on_with_what_the_error_advises(tmp_path, monkeyp
     with monkeypatch.context() as broken:
         multiply_loss(broken, 4, math.nan)
         output(run_train, *flags(QUICK | {"out": tmp_path / "run", "save_every": 2}), code=2)
-    told = output(run_train, *flags(words | {"lr": 1e-4, "clip_grad": 1.0, "precision": "bf16"}))
-    assert "lr=0.0001" in told and "clip_grad=1.0" in told and "precision=bf16" in told
+    told = output(run_train, *flags(words | {"lr": 1e-4, "clip_grad": 1.0, "precision": "fp16"}))
+    assert "lr=0.0001" in told and "clip_grad=1.0" in told and "precision=fp16" in told
     assert saved(tmp_path / "run")["settings"]["lr"] == 1e-4
     (tmp_path / "run/settings.json").unlink()  # the checkpoint has the settings too
     refused = output(run_train, *flags(words | {"seed": 7}), code=2)
@@ -2497,6 +2601,11 @@ def test_a_fingerprint_changes_with_any_picture(tmp_path, monkeypatch):
     assert changed()
     shutil.copytree(tmp_path / "a", tmp_path / "b", copy_function=shutil.copy2)
     assert load("folder", tmp_path / "b", 16)[0].fingerprint == fingerprints[-1]  # wherever it lies
+    names = set()
+    for labels, classes in (([0, 1], ["x", "y"]), ([1, 0], ["x", "y"]), ([0, 1], ["y", "x"])):
+        held = ArraySet(noise(2, 3, 4, 4), torch.tensor(labels), classes)
+        names |= {held.names, FolderSet(["a/1.png", "a/2.png"], labels, classes, False).names}
+    assert len(names) == 2 * 3  # labels and classes count too
 
 
 def test_a_teacher_and_its_labels_are_of_the_very_data(tmp_path, output):
@@ -2533,7 +2642,9 @@ def test_class_folders_without_train_and_validation_by_other_names_are_taken(tmp
     root = write_folder(tmp_path / "data", [(16, 16)], splits=("train", "valid", "test"))
     train_set, val_set = load("folder", root, 16)
     assert {Path(path).parts[-3] for path in val_set.paths} == {"valid"}
-    shutil.rmtree(root / "valid")
+    (root / "valid").rename(root / "validation")
+    assert {Path(path).parts[-3] for path in load("folder", root, 16)[1].paths} == {"validation"}
+    shutil.rmtree(root / "validation")
     assert {Path(path).parts[-3] for path in load("folder", root, 16)[1].paths} == {"train"}
     train_set, val_set = load("folder", root / "train", 16)
     assert train_set.classes == ["ant", "bee"] and len(train_set) + len(val_set) == 12 > len(train_set)
@@ -2620,6 +2731,30 @@ def test_new_heads_of_a_convnet_are_its_last_layer_alone():
     assert {key for key in before if not torch.equal(before[key], after[key])} == {"classifier.5.weight"}
 
 
+def test_few_images_make_ten_steps_an_epoch_unless_a_batch_size_is_given(tmp_path, monkeypatch, output):
+    sizes = [train.fit_batch_size(64, *case) for case in ((5000, 1), (200, 1), (200, 3), (40, 1), (5, 1))]
+    assert sizes == [64, 20, 18, 8, 5]
+    monkeypatch.chdir(write_folder(tmp_path / "pets", STREAMED))
+    words = {"data": "folder", "data_path": ".", "img_size": 32, "patch_size": 16, "depth": 1, "epochs": 1}
+    words |= {"workers": 0, "out": tmp_path / "run"}
+    output(run_train, *flags(words))
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")  # from where --data-path is found too
+    output(run_train, *flags({"out": tmp_path / "run", "resume": True}))
+    contents = saved(tmp_path / "run")
+    assert (contents["settings"]["batch_size"], contents["progress"]["step"]) == (8, 1)
+
+
+def test_a_program_runs_with_its_output_closed_and_training_in_a_thread(tmp_path, monkeypatch):
+    monkeypatch.setattr("sys.stdout", None)
+    words = flags(QUICK | {"epochs": 1, "out": tmp_path / "run"})
+    ended = []
+    thread = threading.Thread(target=lambda: ended.append(run_train(monkeypatch, *words)))
+    thread.start()
+    thread.join()
+    assert ended == [0] and saved(tmp_path / "run")["progress"]["step"] == 3
+
+
 def test_a_full_disk_is_one_line_and_keeps_what_was_saved(tmp_path, output):
     words, last = flags(QUICK | {"epochs": 2, "out": tmp_path / "run"}), tmp_path / "run/last.pth"
     assert forked(words, ("step", 5, signal.SIGTERM)) == 128 + signal.SIGTERM
@@ -2641,20 +2776,22 @@ def test_attention_is_drawn_by_token_and_head_and_augmentations_by_operation(tmp
     Image.new("RGB", (300, 200), (10, 200, 30)).save(tmp_path / "photo.png")
     words = ["attention", tmp_path / "net.pth", tmp_path / "photo.png", "--out", tmp_path / "out.png"]
     output(run_evaluate, *words)
-    assert Image.open(tmp_path / "out.png").size == (80 + 5 * 116, 2 * 140)
+    page = Image.open(tmp_path / "out.png")
+    assert page.height == 2 * (128 + 8 + 2 * 17) and page.width > 5 * 134
     assert "--layer 13: the network has 2 layers" in output(run_evaluate, *words, "--layer", "13", code=2)
     (tmp_path / "photos").mkdir()
     for n in range(2):  # a folder is all of its images
         Image.new("RGB", (30, 20), (90 * n, 200, 30)).save(tmp_path / f"photos/{n}.png")
     output(run_evaluate, *words[:2], tmp_path / "photos", *words[3:])
-    assert Image.open(tmp_path / "out.png").size == (80 + 5 * 116, 2 * 2 * 140)
+    assert Image.open(tmp_path / "out.png").size == (page.width, 2 * page.height)
     output(run_evaluate, "augmentations", tmp_path / "photos", "--out", tmp_path / "sheet.png")
-    assert Image.open(tmp_path / "sheet.png").height == 8 * 100
+    assert Image.open(tmp_path / "sheet.png").width > 6 * 100
     for rows, more in ((6, []), (15, ["--all"])):
         output(run_evaluate, "augmentations", "--out", tmp_path / "sheet.png", *more)
         pixels = np.asarray(Image.open(tmp_path / "sheet.png"))
-        assert len(pixels) == (rows + 2) * 100
-        assert len({pixels[100 * row : 100 * row + 72, 80:].tobytes() for row in range(rows)}) == rows
+        step = len(pixels) // (rows + 2)
+        left = pixels.shape[1] - 6 * (100 + 6)
+        assert len({pixels[step * row :][:100, left:].tobytes() for row in range(rows)}) == rows
 
 
 def test_predictions_are_each_heads_softmax_and_their_mean(tmp_path, monkeypatch, capsys, output):
@@ -2730,14 +2867,14 @@ def test_curves_are_drawn_from_the_logs_of_runs(tmp_path, monkeypatch, output):
     for name, epochs in (("first", 3), ("sec$nd", 5)):
         (tmp_path / name).mkdir()
         accuracy = {"class": 10.0, "distillation": 12.0, "fused": 13.0}
-        log = [{"epoch": n, "loss": 2 / n, "accuracy": accuracy} for n in range(1, epochs + 1)]
+        log = [{"epoch": n, "loss": 2.0, "accuracy": accuracy} for n in range(1, epochs + 1)]
         (tmp_path / name / "log.jsonl").write_text("".join(json.dumps(record) + "\n" for record in log))
     figures, save = [], Figure.savefig
     monkeypatch.setattr(Figure, "savefig", lambda self, *a, **k: figures.append(self) or save(self, *a, **k))
     output(run_evaluate, "curves", tmp_path / "first", tmp_path / "sec$nd", "--out", tmp_path / "curves.png")
-    left, right = figures[0].axes
-    assert left.lines[1].get_ydata().tolist() == pytest.approx([2, 1, 2 / 3, 1 / 2, 2 / 5])
-    assert [line.get_ydata()[0] for line in right.lines] == [10, 12, 13] * 2
+    (axes,) = figures[0].axes
+    assert [line.get_ydata().tolist() for line in axes.lines[3:]] == [[10] * 5, [12] * 5, [13] * 5]
+    assert [line.get_ydata()[0] for line in axes.lines] == [10, 12, 13] * 2
     assert "holds no run with an epoch" in output(run_evaluate, "curves", tmp_path / "nowhere", code=2)
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     assert "pip install matplotlib" in output(run_evaluate, "curves", tmp_path / "sec$nd", code=2)
@@ -2798,7 +2935,15 @@ def test_the_commands_on_the_pages_are_ones_that_the_programs_take():
 
 
 def test_every_flag_file_and_name_on_the_pages_exists():
-    known = {"--nodes", "--ntasks-per-node", "--gpus-per-node", "--cpus-per-task", "--time", "--requeue"}
+    known = {
+        "--nodes",
+        "--ntasks-per-node",
+        "--gpus-per-node",
+        "--cpus-per-task",
+        "--time",
+        "--requeue",
+        "--shm-size",
+    }
     known |= LAUNCHER.union(*(flags_of(script) for script in PROGRAMS))
     sources = {path: path.read_text() for path in Path().glob("*.py")}
     for page in PAGES:

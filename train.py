@@ -35,6 +35,11 @@ from settings import Settings
 # ---- Network, optimizer, schedule ----
 
 
+def fit_batch_size(batch_size: int, images: int, parts: int) -> int:
+    """A batch of that size, or smaller so that an epoch has ten steps, but not below 8; in whole parts."""
+    return max(1, min(batch_size, max(images // 10, 8), images) // parts) * parts
+
+
 def build_network(s: Settings, num_classes: int) -> nn.Module:
     """The network to train, with fresh weights that depend on the seed alone."""
     torch.manual_seed(s.seed)
@@ -249,7 +254,7 @@ def teacher_settings(s: Settings, train_set: DataSet) -> Settings:
     deciding = [(name, value) for name, value in asdict(t).items() if name not in without]
     name = f"teacher-{s.data}-{s.img_size}px-{s.teacher}-{hash_of(deciding, train_set.fingerprint)[:8]}"
     t.out, parts = str(Path(s.out).parent / name), world_size() * s.accumulate
-    t.batch_size = max(1, min(t.batch_size, len(train_set)) // parts) * parts
+    t.batch_size = fit_batch_size(t.batch_size, len(train_set), parts)
     if checkpoint.holds_run(t.out):  # it keeps its batch size on other processes
         saved = checkpoint.read_checkpoint(t.out)
         t.batch_size, t.accumulate = (saved["settings"][name] for name in ("batch_size", "accumulate"))
@@ -327,8 +332,6 @@ def introduce(
     if s.ema and (memory := round(1 / (1 - s.ema))) > s.epochs * per_epoch:
         text = f"--ema {s.ema} averages over {memory} steps, and the run has only {s.epochs * per_epoch}"
         raise launch.UserError(f"{text}; try --ema {1 - 10 / (s.epochs * per_epoch):.3g}")
-    if per_epoch < 10 and all(p.requires_grad for p in network.parameters()):  # not of the heads alone
-        print0(f"an epoch has only {per_epoch} steps: of so few images a smaller --batch-size learns more")
     checkpoint.lock_run(s.out)
     if not checkpoint.holds_run(s.out):
         checkpoint.save_settings(s)
@@ -359,11 +362,14 @@ def main() -> None:
     started = time.monotonic()
     given = vars(train_parser().parse_args())
     s = settings.complete(given)
-    s = checkpoint.resumed_settings(given, s.out) or s
-    settings.check(s)
+    resumed = checkpoint.resumed_settings(given, s.out)
+    s = resumed or s
+    settings.check(s, given)
     networks.check_networks(s)
     device = launch.init(s.device)
     train_set, val_set = load_data(s, device)
+    if "batch_size" not in given and not resumed:
+        s.batch_size = fit_batch_size(s.batch_size, len(train_set), world_size() * s.accumulate)
     network = build_network(s, len(train_set.classes))
     introduce(s, network, train_set, val_set, device)
     teacher = load_teacher(s, train_set, val_set, device) if s.needs_teacher else None
