@@ -8,11 +8,14 @@ import json
 import os
 import re
 import zipfile
+from argparse import Namespace
 from collections.abc import Callable
 from dataclasses import asdict, fields, replace
 from pathlib import Path
 
+import numpy as np
 import torch
+import torchvision
 from torch import Tensor, nn
 
 import launch
@@ -35,12 +38,22 @@ OFFICIAL = {
 OFFICIAL = {name: f"https://dl.fbaipublicfiles.com/deit/{file}.pth" for name, file in OFFICIAL.items()}
 
 
+def published_url(name: str) -> str:
+    """Where a network's ImageNet weights are: the DeiT authors', or the best of torchvision's."""
+    if url := OFFICIAL.get(name) or OFFICIAL.get(f"deit_{name}"):
+        return url
+    try:
+        return torchvision.models.get_model_weights(name).DEFAULT.url
+    except ValueError:
+        raise UserError(f"torchvision has no weights for {name}; run train.py --model {name}") from None
+
+
 def download(url: str) -> Path:
     """Where a URL's file is on this machine; downloaded once, and checked if its name ends in -HASH.pth."""
     folder = launch.hash_of(url)  # many files are called last.pth
     path = Path(torch.hub.get_dir(), "checkpoints", folder, Path(url.partition("?")[0]).name)
     path.parent.mkdir(parents=True, exist_ok=True)
-    digits = re.search(r"-([0-9a-f]{8,})\.|$", path.name)[1]
+    digits = re.search(r"-(?=\d*[a-f])([0-9a-f]{8,})\.|$", path.name)[1]  # without a letter it is a date
     try:
         launch.main_process_first(
             lambda: path.exists() or torch.hub.download_url_to_file(url, str(path), digits)
@@ -51,15 +64,28 @@ def download(url: str) -> Path:
 
 
 def locate(source: str | Path) -> Path:
-    """A checkpoint's file: itself, last.pth of a run's folder, or that of a URL or a name in OFFICIAL."""
-    source = OFFICIAL.get(str(source), source)
+    """A checkpoint's file: itself, last.pth of a run's folder, or that of a URL or a published name."""
+    if source in (*OFFICIAL, *torchvision.models.list_models(torchvision.models)):
+        source = published_url(source)
     path = download(source) if "://" in str(source) else Path(source)
     return path / "last.pth" if path.is_dir() else path
 
 
 def checkpoint_weights(contents: dict) -> dict[str, Tensor]:
-    """The weights to use from a checkpoint: the moving average where there is one, else the model's."""
-    return contents.get("model_ema") or contents.get("model") or contents
+    """The weights to use from a checkpoint: the moving average where there is one, else the model's.
+
+    Also from Lightning and timm, compiled, or wrapped for several GPUs.
+    """
+    keys = ("model_ema", "state_dict_ema", "model", "state_dict")
+    state = next((contents[key] for key in keys if contents.get(key)), contents)
+    return {re.sub(r"^(module\.|_orig_mod\.)+", "", key): value for key, value in state.items()}
+
+
+# What others' checkpoints hold beside weights: the flags of a training, and numbers of numpy (torch.load's
+# own list of what runs no code has neither). Older numpys call the module numpy.core.
+NUMPY_SCALAR = np.float64(0).__reduce__()[0]
+SAFE = [Namespace, np.dtype, *(type(np.dtype(kind)) for kind in (np.float32, np.float64, np.int64))]
+SAFE += [(NUMPY_SCALAR, f"numpy.{core}.multiarray.scalar") for core in ("core", "_core")]
 
 
 def read_checkpoint(source: str | Path) -> dict:
@@ -68,15 +94,21 @@ def read_checkpoint(source: str | Path) -> dict:
     try:
         if zipfile.is_zipfile(path) and zipfile.ZipFile(path).testzip():  # torch looks at no checksums
             raise ValueError("a checksum differs")
-        contents = torch.load(path, map_location="cpu", weights_only=True)  # runs no code in it
+        with torch.serialization.safe_globals(SAFE):
+            contents = torch.load(path, map_location="cpu", weights_only=True)  # runs no code in it
         if "ema" in contents:  # as older runs call it
             contents["model_ema"] = contents.pop("ema")
-        if not all(isinstance(value, Tensor) for value in checkpoint_weights(contents).values()):
+        weights = checkpoint_weights(contents)
+        if not all(isinstance(value, Tensor) for value in weights.values()):
             raise ValueError("its parts are not named weights")
     except (FileNotFoundError, PermissionError):
         raise UserError(f"there is no file {path} that may be read") from None
     except Exception as error:  # a damaged file can make the reader raise anything
+        if path.suffix == ".safetensors":  # a newer torch reads them, where the package is installed
+            raise UserError(f"{source} is of safetensors; install it, or see docs/elsewhere.md") from error
         raise UserError(f"{source} is not a checkpoint that can be read safely, or it is damaged") from error
+    if any(key.endswith("embeddings.cls_token") for key in weights):
+        raise UserError(f"{source} has Hugging Face's names of the weights; docs/elsewhere.md renames them")
     return contents
 
 

@@ -12,6 +12,7 @@ import re
 import signal
 import zlib
 from collections.abc import Iterable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -19,7 +20,7 @@ from pathlib import Path
 import numpy as np
 import torch
 import torchvision
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, PngImagePlugin
 from torch import Tensor
 from torch.utils.data import DataLoader, get_worker_info
 
@@ -29,28 +30,36 @@ from launch import STOP_SIGNALS, UserError, all_gather, hash_of, main_process_fi
 from settings import Settings
 from shapes import SHAPES, draw_shapes
 
+PngImagePlugin.MAX_TEXT_CHUNK = PngImagePlugin.MAX_TEXT_MEMORY  # a long note does not spoil a PNG
+
 
 def read_image(path: str | Path, enough: int | None = None) -> Image.Image:
     """The picture in a file, upright and RGB with 8 bits; transparent parts lie on white, as on a page.
 
-    Of 16 bits the upper 8 are kept. A JPEG of 2, 4 or 8 times `enough` pixels a side is decoded at a half, a
-    quarter or an eighth of its size, in less time. Raises UserError for a file that cannot be read.
+    Gray of more than 8 bits is scaled by its range: the least of 8, 12 and 16 bits that holds its maximum. A
+    JPEG of 2, 4 or 8 times `enough` pixels a side is decoded at a half, a quarter or an eighth of its size,
+    in less time. Raises UserError for a file that cannot be read.
     """
     try:
         with Image.open(path) as image:
             if enough is not None:
                 image.draft("RGB", (enough, enough))
             image.load()
-            ImageOps.exif_transpose(image, in_place=True)
+            with suppress(Exception):  # a damaged EXIF block can make Pillow raise anything
+                ImageOps.exif_transpose(image, in_place=True)
             if image.mode[0] in "IF":  # gray of more than 8 bits, whose values above 255 convert would clip
                 values = np.asarray(image)
                 if image.mode == "F" or values.min() < 0 or values.max() > 65535:
                     raise ValueError("its values have no known range; save it with 8 or 16 bits")
-                image = Image.fromarray((values >> 8).astype(np.uint8))
+                bits = next(bits for bits in (8, 12, 16) if values.max() < 2**bits)
+                image = Image.fromarray((values >> (bits - 8)).astype(np.uint8))
             if image.getbands()[-1] in ("A", "a") or "transparency" in image.info:
                 image = image.convert("RGBA")
                 image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
             return image if image.mode == "RGB" else image.convert("RGB")
+    except Image.DecompressionBombError as error:
+        remedy = "reduce it, or raise PIL.Image.MAX_IMAGE_PIXELS in data.py"
+        raise UserError(f"{path} has more pixels than Pillow holds for safe; {remedy}") from error
     except Exception as error:  # a damaged file can make the reader raise anything
         raise UserError(f"{path} is not a readable image: {' '.join(str(error).split())}") from error
 
@@ -168,6 +177,8 @@ DataSet = ArraySet | FolderSet
 
 
 HIDDEN = re.compile(r"[/\\](\.|__MACOSX)")  # .DS_Store, .ipynb_checkpoints, ._cat.jpg and the like
+ENDINGS = (*torchvision.datasets.folder.IMG_EXTENSIONS, ".jfif", ".jpe", ".gif")
+ENDINGS += (".avif",) if ".avif" in Image.registered_extensions() else ()  # older Pillows read none
 HELD_BYTES = 2**30  # a set of equally large images that needs less than this is held whole
 
 
@@ -184,7 +195,7 @@ def find_images(folder: Path) -> tuple[list[str], list[str]]:
     """
     paths = (os.path.join(at, name) for at, _, names in os.walk(folder) for name in names)
     files = sorted(path for path in paths if not HIDDEN.search(path, len(str(folder))))
-    images = [path for path in files if path.lower().endswith(torchvision.datasets.folder.IMG_EXTENSIONS)]
+    images = [path for path in files if path.lower().endswith(ENDINGS)]
     return images, sorted(set(files) - set(images))
 
 
@@ -264,8 +275,11 @@ def open_folder(s: Settings, split: str) -> DataSet:
     data, folder = list_folder(s, split)
     if not data.paths:
         raise UserError(f"there are no images for {split} in class folders below {folder}")
-    if split == "train" and (empty := set(range(len(data.classes))) - set(data.labels)):
-        raise UserError(f"there is no image in {folder / data.classes[min(empty)]}")
+    empty = [data.classes[label] for label in sorted(set(range(len(data.classes))) - set(data.labels))]
+    if empty and split == "train":
+        raise UserError(f"there is no image in {folder / empty[0]}")
+    if empty and split == "val":
+        print0(f"{len(empty)} of {len(data.classes)} classes have no validation images, such as {empty[0]!r}")
     if split == "train" and len(data.classes) == 1:
         raise UserError(f"a network of one class learns nothing, and {folder} has only {data.classes[0]!r}")
     return hold(data)

@@ -18,12 +18,15 @@ deit_base_distilled), or the name of a torchvision classifier, with its publishe
 
 import copy
 import inspect
+import itertools
 import json
 import os
 import sys
 import time
 from argparse import Namespace, RawDescriptionHelpFormatter
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import redirect_stdout
 from pathlib import Path
 
 import torch
@@ -78,7 +81,8 @@ def class_indices(source: str, network: nn.Module, names: list[str]) -> list[int
         networks.check_classes(source, None, names)
         return list(range(count))
     unknown = next(name for name in names if name not in (known or ()))
-    raise UserError(f"{source} knows {count} other classes; the data set has {unknown!r}; see --data")
+    remedy = "name folders by its classes or their numbers"
+    raise UserError(f"{source} knows {count} other classes; the data set has {unknown!r}; {remedy}")
 
 
 def open_val(source: str, network: nn.Module, s: Settings, arguments: Namespace) -> tuple:
@@ -101,19 +105,23 @@ def open_val(source: str, network: nn.Module, s: Settings, arguments: Namespace)
 def top_classes(network: nn.Module, val_set: data.DataSet, s: Settings, device: torch.device) -> tuple:
     """The indices (n,) of the readable images, and each head's first classes int64 (n, heads, min(5, C)).
 
-    Of equal scores the class of lower index is first, as with argmax. The same on every process.
+    Of equal scores the class of lower index is first, as with argmax. Third the largest probability (n,) of
+    the last head. The same on every process.
     """
     batches = []
     for _, scores in predictions(network, val_set, s, device):
         orders = [logits.argsort(dim=1, descending=True, stable=True)[:, :5] for logits in scores]
-        batches.append(torch.stack(orders, dim=1).cpu())  # heads × (B, 5) -> (B, heads, 5)
+        last = fuse(scores[0]) if len(scores) == 1 else scores[-1]
+        # heads × (B, 5) -> (B, heads, 5)
+        batches.append((torch.stack(orders, dim=1).cpu(), last.amax(dim=1).cpu()))
     indices = list(range(launch.rank(), len(val_set), launch.world_size()))
     if isinstance(val_set, data.FolderSet):
         indices = [index for index in indices if val_set.paths[index] not in val_set.broken]
     shares = [share for share in launch.all_gather((indices, batches)) if share[1]]
     indices = torch.tensor([index for part, _ in shares for index in part])
     order = indices.argsort()
-    return indices[order], torch.cat([batch for _, part in shares for batch in part])[order]
+    top, probability = zip(*(batch for _, part in shares for batch in part), strict=True)
+    return indices[order], torch.cat(top)[order], torch.cat(probability)[order]
 
 
 # ---- accuracy: Tables 3 and 5 ----
@@ -139,22 +147,50 @@ def real_labels(path: str, val_set: data.DataSet, origin: str | Path) -> list[li
         raise UserError(f"{path} and ImageNet's validation files, ILSVRC2012_val_*, do not fit") from error
 
 
+def print_matrix(titles: list[str], rows: list[list]) -> None:
+    """A square table whose rows are numbered and named, and whose columns have the numbers."""
+    width = max(map(len, titles)) + 4
+    print0(" " * width + "".join(f"{number:>6}" for number in range(len(titles))))
+    for number, (title, row) in enumerate(zip(titles, rows, strict=True)):
+        print0(f"{f'{number} {printable(title)}':{width}}" + "".join(f"{cell:>6}" for cell in row))
+
+
+def print_mistakes(labels: Tensor, predicted: Tensor, probability: Tensor, names: list, paths: list) -> None:
+    """What is taken for what, for up to 20 classes, and the five most probable of the wrong predictions.
+
+    Labels and predictions int64 (n,), and the predictions' probabilities; `paths` is empty of a held set.
+    """
+    if (count := len(names)) <= 20:
+        print0("images of a class (row) that are taken for a class (column)")
+        pairs = (count * labels + predicted).bincount(minlength=count**2)
+        print_matrix(names, pairs.view(count, count).tolist())
+    wrong = (predicted != labels).nonzero().flatten()
+    for n in wrong[probability[wrong].argsort(descending=True, stable=True)[:5]] if paths else ():
+        text = f"{100 * probability[n]:.1f} % {names[predicted[n]]}, and is {names[labels[n]]}"
+        print0(f"{text}: {paths[n]}")
+
+
 def accuracy(arguments: Namespace) -> None:
     """Top-1 and top-5 accuracy of every head of every checkpoint, on one validation set.
 
     Of equal scores the class of lower index comes first. Top-5 is left out where there are five classes or
     fewer. With --real also ImageNet-Real: a prediction is right if it is one of the image's labels, and
-    images without any do not count. Several processes (torchrun) share the images; each counts once.
+    images without any do not count. Several processes (torchrun) share the images; each counts once. The mean
+    of classes counts every class alike, however many images it has. --per-class ends with the confusion
+    matrix and, of a streamed set, the images that are wrong with the most confidence, both of the last head.
     """
     for source in arguments.checkpoints:
         network, s = open_network(source, arguments)
         val_set, labels, origin = open_val(source, network, s, arguments)
         real = real_labels(arguments.real, val_set, origin) if arguments.real else None
-        indices, top = top_classes(network, val_set, s, arguments.device)
+        indices, top, probability = top_classes(network, val_set, s, arguments.device)
         labels = labels[indices]
         hits = top == labels[:, None, None]  # bool (n, heads, 5)
         print0(f"{source}: {len(labels)} images of {origin}")
         print0(f"  top-1  {accuracy_line(percent(hits[:, :, 0]))}")
+        present = labels.unique().tolist()
+        by_class = torch.stack([hits[labels == label, :, 0].double().mean(dim=0) for label in present])
+        print0(f"  mean of classes  {accuracy_line(percent(by_class))}")
         if network.num_classes > 5:
             print0(f"  top-5  {accuracy_line(percent(hits.any(dim=2)))}")
         if real:
@@ -164,10 +200,11 @@ def accuracy(arguments: Namespace) -> None:
         if arguments.per_class:
             names = class_names(network)
             print0("".join(f"{title:>14}" for title in ("images", *HEADS[: hits.shape[1]])) + "  class")
-            for label in labels.unique().tolist():
-                class_hits = hits[labels == label, :, 0]
-                cells = "".join(f"{share:14.2f}" for share in percent(class_hits).values())
-                print0(f"{len(class_hits):14}{cells}  {names[label]}")
+            for label, shares in zip(present, by_class, strict=True):
+                cells = "".join(f"{100 * share:14.2f}" for share in shares.tolist())
+                print0(f"{(labels == label).sum():14}{cells}  {names[label]}")
+            paths = [val_set.paths[i] for i in indices] if isinstance(val_set, data.FolderSet) else []
+            print_mistakes(labels, top[:, -1, 0], probability, names, paths)
 
 
 # ---- compare: Table 4 ----
@@ -194,18 +231,15 @@ def compare(arguments: Namespace) -> None:
         val_set, labels, origin = open_val(source, network, first, arguments)
         if class_names(network) != classes:
             raise UserError(f"{source} numbers its classes otherwise than {arguments.checkpoints[0]}")
-        indices, top = top_classes(network, val_set, s, arguments.device)
+        indices, top, _ = top_classes(network, val_set, s, arguments.device)
         heads = HEADS[: top.shape[1]]
         titles += [f"{name} {head}" if len(heads) > 1 else name for head in heads]
         decisions += top[:, :, 0].unbind(1)
     decisions = torch.stack([labels[indices], *decisions])  # (rows, n)
     differ = decisions[:, None] != decisions[None]  # (rows, rows, n)
-    width = max(map(len, titles)) + 3
     print0(f"percent of the {len(indices)} images of {origin} that are classified differently")
-    print0(" " * width + "".join(f"{number:>6}" for number in range(len(titles))))
-    for number, (title, shares) in enumerate(zip(titles, differ.double().mean(dim=2).tolist(), strict=True)):
-        cells = "".join(f"{100 * share:6.1f}" for share in shares)
-        print0(f"{f'{number} {printable(title)}':{width}}{cells}")
+    shares = differ.double().mean(dim=2).tolist()
+    print_matrix(titles, [[f"{100 * share:.1f}" for share in row] for row in shares])
     if arguments.out and launch.rank() == 0:
         disputed = differ.sum(dim=(0, 1)).argsort(descending=True, stable=True)[:8]
         plan = [(indices[disputed].tolist(), None)]
@@ -327,6 +361,27 @@ def throughput(arguments: Namespace) -> None:
 # ---- Pictures ----
 
 
+def image_paths(sources: list[str]) -> Iterator[str]:
+    """The images of files, of folders (all images below, sorted), and of `-`: paths on standard input.
+
+    What a folder has of other files is told on standard error. Raises UserError for one without images.
+    """
+    found = []
+    for source in sources:
+        images = [source]
+        if source == "-":
+            images = (os.fsdecode(line.rstrip(b"\r\n")) for line in sys.stdin.buffer if line.strip())
+        elif Path(source).is_dir():
+            images, others = data.find_images(Path(source))
+            if not images:
+                raise UserError(f"there are no images below {source}")
+            if others:
+                text = f"left out of {source}: {len(others)} files that are no images by their ending"
+                print(printable(text), file=sys.stderr)
+        found.append(images)
+    return itertools.chain.from_iterable(found)
+
+
 def attention(arguments: Namespace) -> None:
     """A picture of what each attention head of a layer attends to from the class and the distillation token.
 
@@ -340,7 +395,7 @@ def attention(arguments: Namespace) -> None:
     if layer > len(network.blocks):
         raise UserError(f"--layer {layer}: the network has {len(network.blocks)} layers")
     rows, side = [], 128  # pixels
-    for image in [data.read_image(path) for path in arguments.images]:
+    for image in map(data.read_image, image_paths(arguments.images)):
         rows += pictures.attention_rows(network, image, layer, HEADS[:2], side)
     pictures.draw_sheet(rows, side, arguments.out)
 
@@ -362,8 +417,9 @@ def curves(arguments: Namespace) -> None:
 def augmentations(arguments: Namespace) -> None:
     """A labeled sheet: six of RandAugment's operations by magnitude, and whole batches with their targets."""
     if arguments.images:
-        files = [data.read_image(path).resize((224, 224)) for path in arguments.images]
-        folders = [Path(path).absolute().parent.name for path in arguments.images]
+        paths = list(image_paths(arguments.images))
+        files = [data.read_image(path).resize((224, 224)) for path in paths]
+        folders = [Path(path).absolute().parent.name for path in paths]
         images, classes = torch.stack([data.to_tensor(file) for file in files]), sorted(set(folders))
         labels = torch.tensor([classes.index(folder) for folder in folders])
     else:
@@ -376,23 +432,10 @@ def augmentations(arguments: Namespace) -> None:
 # ---- predict: names and probabilities ----
 
 
-def image_paths(sources: list[str]) -> Iterator[str]:
-    """The images of files, of folders (all images below, sorted), and of `-`: paths on standard input."""
-    for source in sources:
-        if source == "-":
-            yield from (os.fsdecode(line.rstrip(b"\r\n")) for line in sys.stdin.buffer if line.strip())
-        elif Path(source).is_dir():
-            if not (images := data.find_images(Path(source))[0]):
-                raise UserError(f"there are no images below {source}")
-            yield from images
-        else:
-            yield source
-
-
-def most_probable(outputs: Tensor | tuple, names: list[str], count: int) -> list[dict]:
-    """The first classes of one image, from logits (1, C) or, for the fused prediction, a pair of them."""
-    probabilities, labels = fuse(outputs)[0].topk(min(count, len(names)))
-    pairs = zip(labels.tolist(), probabilities.tolist(), strict=True)
+def most_probable(probabilities: Tensor, names: list[str], count: int) -> list[dict]:
+    """The first classes of one image, from probabilities (C,)."""
+    first, labels = probabilities.topk(min(count, len(names)))
+    pairs = zip(labels.tolist(), first.tolist(), strict=True)
     return [{"name": names[label], "probability": probability} for label, probability in pairs]
 
 
@@ -401,28 +444,42 @@ def predict(arguments: Namespace) -> None:
 
     An image that cannot be read is told on standard error; the others go on, and the exit code is 2 at the
     end. With --json a line of JSON an image: {"image": path, head: [{"name": class, "probability": p}, ...]}.
-    `fused` is always among the heads; of a network with one head it is that one's.
+    `fused` is always among the heads; of a network with one head it is that one's. Images are answered 64 at
+    a time, in their order.
     """
-    network, _ = open_network(arguments.checkpoint, arguments)
-    names, failed = class_names(network), False
-    for path in image_paths(arguments.images):
+    with redirect_stdout(sys.stderr):  # standard output is for predictions alone
+        network, _ = open_network(arguments.checkpoint, arguments)
+    names, failed, paths = class_names(network), False, image_paths(arguments.images)
+
+    def read(path: str) -> tuple[Tensor, str]:
+        """The crop uint8 (3, S, S), black if there is an error, and the error."""
         try:
-            crop = data.crop_file(data.read_image(path), network.img_size, None)
+            return data.crop_file(data.read_image(path), network.img_size, None), ""
         except UserError as error:
-            print(f"error: {printable(str(error))}", file=sys.stderr, flush=True)
-            failed = True
-            continue
+            return torch.zeros(3, network.img_size, network.img_size, dtype=torch.uint8), str(error)
+
+    pool = ThreadPoolExecutor(8)  # Pillow decodes in all of them at once
+    while batch := list(itertools.islice(paths, 64)):
+        crops, errors = zip(*pool.map(read, batch), strict=True)
         with launch.autocast(arguments.precision, arguments.device):
-            outputs = network(augment.normalize(crop[None].to(arguments.device)))
+            outputs = network(augment.normalize(torch.stack(crops).to(arguments.device)))
         heads = [outputs] if isinstance(outputs, Tensor) else [*outputs, outputs]
-        top = {head: most_probable(z, names, arguments.top) for head, z in zip(HEADS, heads, strict=False)}
-        if arguments.json:
-            print(json.dumps({"image": path, "fused": top["class"]} | top), flush=True)
-            continue
-        print(printable(path))
-        for head, classes in top.items():
-            text = "   ".join(f"{one['name']} {100 * one['probability']:.1f} %" for one in classes)
-            print(f"  {head:14}{printable(text)}", flush=True)
+        probabilities = [fuse(head).cpu() for head in heads]  # heads × (B, C)
+        for path, error, *image in zip(batch, errors, *probabilities, strict=True):
+            if error:
+                print(f"error: {printable(error)}", file=sys.stderr, flush=True)
+                failed = True
+                continue
+            top = {
+                head: most_probable(p, names, arguments.top) for head, p in zip(HEADS, image, strict=False)
+            }
+            if arguments.json:
+                print(json.dumps({"image": path, "fused": top["class"]} | top), flush=True)
+                continue
+            print(printable(path))
+            for head, classes in top.items():
+                text = "   ".join(f"{one['name']} {100 * one['probability']:.1f} %" for one in classes)
+                print(f"  {head:14}{printable(text)}", flush=True)
     if failed:
         sys.exit(2)
 
@@ -440,7 +497,7 @@ PRECISION = {"--precision": dict(choices=PRECISIONS, default="auto", help="[auto
 # The functions that are commands, and their arguments
 COMMANDS = {
     accuracy: VAL | PRECISION | {
-        "--per-class": dict(action="store_true", help="top-1 of every class too"),
+        "--per-class": dict(action="store_true", help="by class, what is taken for what, worst mistakes"),
         "--real": dict(metavar="JSON", help="ImageNet-Real's label file, real.json"),
     },
     compare: VAL | PRECISION | {"--out": dict(metavar="PNG", help="a picture of the most disputed images")},
@@ -456,7 +513,7 @@ COMMANDS = {
     },
     attention: {
         "checkpoint": CKPT,
-        "images": dict(nargs="+", metavar="IMAGE", help="image files"),
+        "images": dict(nargs="+", metavar="IMAGE", help="files, folders, or - for a list on standard input"),
         "--layer": dict(type=COUNT, help="from 1 [the last]"),
         "--out": dict(metavar="PNG", default="attention.png", help="[attention.png]"),
     },
@@ -471,7 +528,7 @@ COMMANDS = {
         "--out": dict(metavar="PNG", default="curves.png", help="[curves.png]"),
     },
     augmentations: {
-        "images": dict(nargs="*", metavar="IMAGE", help="files; their folders name classes [ten shapes]"),
+        "images": dict(nargs="*", metavar="IMAGE", help="files, folders; folders name classes [ten shapes]"),
         "--out": dict(metavar="PNG", default="augmentations.png", help="[augmentations.png]"),
         "--all": dict(action="store_true", help="every operation instead of six"),
         "--seed": dict(type=int, default=0, help="of the whole batches [0]"),

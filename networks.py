@@ -8,6 +8,7 @@ the authors' checkpoints, torchvision's.
 import math
 import os
 import re
+from functools import cache
 
 import torch
 import torchvision
@@ -15,8 +16,8 @@ from torch import Tensor, nn
 from torchvision.models.regnet import BlockParams, RegNet
 
 from augment import MEAN
-from checkpoint import OFFICIAL, checkpoint_weights, read_checkpoint
-from launch import UserError, did_you_mean, user_errors, world_size
+from checkpoint import OFFICIAL, checkpoint_weights, published_url, read_checkpoint
+from launch import UserError, did_you_mean, print0, user_errors, world_size
 from model import SIZES, check_fit, create_model
 from settings import Settings
 
@@ -86,16 +87,6 @@ def create_convnet(name: str, num_classes: int, img_size: int) -> nn.Module:
 # ---- Trained networks ----
 
 IMAGENET_RUN = {"data": "imagenet", "data_path": "data", "classes": None}  # no names: ImageNet's own order
-
-
-def published_url(name: str) -> str:
-    """Where a network's ImageNet weights are: the DeiT authors', or the best of torchvision's."""
-    if name in SIZES:
-        return OFFICIAL[f"deit_{name}"]
-    try:
-        return torchvision.models.get_model_weights(name).DEFAULT.url
-    except ValueError:
-        raise UserError(f"torchvision has no weights for {name}; run train.py --model {name}") from None
 
 
 def published_settings(name: str) -> dict:
@@ -213,13 +204,17 @@ def create_teacher(
     our checkpoints, a plain state dict or, for regnet_y_16gf, one in the key layout of the paper's own
     teacher file. The two sizes count where the file does not tell them. Raises ValueError for misfits.
     """
-    contents = read_checkpoint(published_url(name) if weights == "published" else weights) if weights else {}
+    source = published_url(name) if weights == "published" else weights
+    contents = read_checkpoint(source) if weights else {}
     saved = {"img_size": img_size, "patch_size": patch_size, "classes": None} | checkpoint_settings(contents)
-    if weights == "published" and name in CONVNETS:
-        saved |= published_settings(name)
+    if weights in ("published", *CONVNETS) and name in CONVNETS:
+        saved |= published_settings(name if weights == "published" else weights)
     if saved.get("model") not in (name, None):
         raise UserError(f"{weights} holds a {saved['model']}, not a {name}")
     return assemble(saved | {"model": name, "num_classes": num_classes}, contents, weights)
+
+
+say_once = cache(print0)  # a program may load a file twice
 
 
 def load_network(source: str) -> tuple[nn.Module, dict]:
@@ -234,7 +229,12 @@ def load_network(source: str) -> tuple[nn.Module, dict]:
     saved = published_settings(source) if published else checkpoint_settings(contents)
     if not saved.get("model") or "num_classes" not in saved:
         raise UserError(f"{source} does not say what it is; name a checkpoint of train.py or an official one")
-    return assemble({"img_size": 224, "patch_size": 16} | saved, contents, source), saved
+    saved = {"img_size": 224, "patch_size": 16} | saved
+    network = assemble(saved, contents, source)
+    if not published and "settings" not in contents:
+        text = f"{source} is read as a {saved['model']} of {network.num_classes} classes"
+        say_once(f"{text}, {network.img_size} pixels, normalized as the authors' networks are")
+    return network, saved
 
 
 def check_sizes(name: str, s: Settings, micro_batch_size: int) -> None:
@@ -261,9 +261,10 @@ def check_sizes(name: str, s: Settings, micro_batch_size: int) -> None:
 def check_networks(s: Settings) -> None:
     """Raises UserError for a network, or a teacher's weights, that a run could not use, before it begins."""
     source = s.teacher_weights
-    if source == "published" and s.needs_teacher and s.teacher not in SIZES:
+    names = ("", "published", *OFFICIAL, *CONVNETS)
+    if source in ("published", s.teacher) and s.needs_teacher and s.teacher not in SIZES:
         published_settings(s.teacher)
-    elif source not in ("", "published") and "://" not in source and not os.path.exists(source):
-        raise UserError(f"there is no file {source}; --teacher-weights takes a checkpoint's path or URL")
+    elif source not in names and "://" not in source and not os.path.exists(source):
+        raise UserError(f"there is no file {source}; --teacher-weights takes a path, a URL or a name")
     for name in (s.model, s.teacher) if s.needs_teacher else (s.model,):
         check_sizes(name, s, s.batch_size // (world_size() * s.accumulate))

@@ -22,6 +22,8 @@ import subprocess
 import sys
 import threading
 import time
+import warnings
+from argparse import Namespace
 from collections import Counter
 from copy import deepcopy
 from functools import partial
@@ -33,7 +35,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 import torchvision
-from PIL import Image, ImageEnhance, ImageOps
+from PIL import Image, ImageEnhance, ImageOps, PngImagePlugin
 from torch import nn
 from torch.distributed.run import get_args_parser as torchrun_parser
 from torch.optim.optimizer import register_optimizer_step_post_hook
@@ -1334,13 +1336,26 @@ def test_accuracy_is_the_share_of_right_images_on_one_process_and_on_two(insects
     (path / "images/train/elk").mkdir(parents=True)  # what lies beside the folder has no say
     (path / "images/val").rename(path / "images/shots")
     words = ["accuracy", path / "net.pth", "--val", path / "images/shots", "--per-class", "--device", "cpu"]
+    words += ["--precision", "fp32"]
     alone = output(run_evaluate, *words)
     lines = alone.splitlines()
     assert lines[0].endswith(f"net.pth: 11 images of {path}/images/shots")
-    assert lines[1:3] == list(told.values())
-    right = (heads["fused"].argmax(1) == labels)[labels == 3].double().mean()
-    assert [line.split()[0::4] for line in lines[4:]] == [["6", "ant"], ["5", "bee"]]
-    assert lines[5].split()[3] == f"{100 * right:.2f}"
+    assert [lines[1], lines[3]] == list(told.values())
+    decided = {head: scores.argmax(1) for head, scores in heads.items()}
+    right = [(decided["fused"] == labels)[labels == label].double().mean() for label in (1, 3)]
+    assert lines[2].startswith("  mean of classes  class ")
+    assert lines[2].endswith(f"fused {50 * sum(right):.2f} %")  # of 6 ants and 5 bees
+    rows = {words[-1]: words[:4] for words in map(str.split, lines[5:7])}
+    assert (rows["ant"][0], rows["bee"][0]) == ("6", "5")
+    assert [rows[name][3] for name in ("ant", "bee")] == [f"{100 * share:.2f}" for share in right]
+    pairs = Counter(zip(labels.tolist(), decided["fused"].tolist(), strict=True))  # (true, said)
+    table = [line.split()[-7:] for line in lines[9:16]]
+    assert table == [[str(pairs[row, column]) for column in range(7)] for row in range(7)]
+    sure, wrong = heads["fused"].amax(1) / 2, decided["fused"] != labels
+    worst = sorted(wrong.nonzero().flatten().tolist(), key=lambda n: -sure[n])[:5]
+    for line, n in zip(lines[16:], worst, strict=True):
+        told = f"{100 * sure[n]:.1f} % {CLASSES[decided['fused'][n]]}, and is {files[n].parent.name}: "
+        assert line == told + f"{path}/images/shots/{files[n].parent.name}/{files[n].name}"
     assert fork_two(partial(launch.run_program, measure.main), words, path / "told") == alone
 
 
@@ -1796,17 +1811,28 @@ def read_back(path, image, **options):
     return np.asarray(read_image(path))
 
 
-def test_pictures_of_every_kind_are_read_upright_on_white_and_large_ones_at_a_size_that_is_enough(tmp_path):
+def test_pictures_of_every_kind_are_read_upright_on_white_and_large_ones_at_a_size_that_is_enough(
+    tmp_path, monkeypatch
+):
     pixels = np.random.default_rng(0).integers(0, 256, (8, 12, 3), dtype=np.uint8)
     image, exif = Image.fromarray(pixels), Image.Exif()
     exif[0x0112] = 6  # the camera was held upright: turn it clockwise
     assert np.array_equal(read_back(tmp_path / "turned.png", image, exif=exif), np.rot90(pixels, -1))
     for mode in ("L", "P", "RGBA", "CMYK", "1"):
         assert read_back(tmp_path / f"{mode}.tiff", image.convert(mode)).shape == (8, 12, 3)
-    gray = np.arange(96, dtype=np.uint16).reshape(8, 12) * 690  # of 16 bits the upper 8
-    for name, values in (("gray.png", gray), ("gray.tiff", gray.astype(np.int32))):
-        found = read_back(tmp_path / name, Image.fromarray(values))
-        assert np.array_equal(found, np.stack([gray // 256] * 3, axis=2))
+    kinds = [(np.uint16, "png"), (np.uint16, "tiff"), (np.int32, "tiff")]
+    for bits, (kind, ending) in itertools.product((8, 12, 16), kinds):  # scaled by what the largest needs
+        gray = np.linspace(0, 2**bits - 1, 96).astype(kind).reshape(8, 12)
+        found = read_back(tmp_path / f"{bits}.{ending}", Image.fromarray(gray))
+        assert np.array_equal(found, np.stack([gray // 2 ** (bits - 8)] * 3, axis=2))
+    notes = PngImagePlugin.PngInfo()
+    notes.add_text("workflow", "x" * 2**21, zip=True)
+    for options in ({"exif": b"Exif\0\0damaged"}, {"pnginfo": notes}):
+        assert np.array_equal(read_back(tmp_path / "odd.png", image, **options), pixels)
+    with monkeypatch.context() as small:
+        small.setattr("PIL.Image.MAX_IMAGE_PIXELS", 40)
+        with pytest.raises(UserError, match="odd.png has more pixels than .*; reduce it, or raise PIL"):
+            read_image(tmp_path / "odd.png")
     for value in (-1, 65536, 0.5):  # of 32 bits
         with pytest.raises(UserError, match="its values have no known range"):
             read_back(tmp_path / "deep.tiff", Image.new("F" if value == 0.5 else "I", (1, 1), value))
@@ -1814,6 +1840,12 @@ def test_pictures_of_every_kind_are_read_upright_on_white_and_large_ones_at_a_si
     picture.putpixel((1, 0), (0, 0, 0, 0))
     for name, image in (("RGBA.png", picture), ("P.png", picture.quantize(4))):
         assert read_back(tmp_path / name, image).tolist() == [[[200, 0, 0], [255, 255, 255]]]
+    for name, kind in (("a.jpe", "JPEG"), ("b.JFIF", "JPEG"), ("c.gif", "GIF"), ("d.avif", "AVIF")):
+        (tmp_path / "few").mkdir(exist_ok=True)
+        Image.new("RGB", (8, 8), (200, 0, 0)).save(tmp_path / "few" / name, kind)
+    found, others = data.find_images(tmp_path / "few")
+    assert len(found) == 4 and not others
+    assert all(read_image(path).getpixel((4, 4))[0] > 190 for path in found)
     Image.new("RGB", (1200, 800)).save(tmp_path / "photo.jpg")
     read = [read_image(tmp_path / "photo.jpg", enough) for enough in (None, 401, 400, 201, 200, 1)]
     assert [image.width for image in read] == [1200, 1200, 600, 600, 300, 150]
@@ -1858,11 +1890,11 @@ def test_other_files_are_left_out_loudly_and_without_val_a_tenth_of_train_is_hel
     tmp_path, monkeypatch, capsys, name
 ):
     train_path, val = write_folder(tmp_path, HELD) / "train", tmp_path / "val"
-    touch(train_path, "ant/1.HEIC", "ant/deep/2.gif", "ant/.DS_Store", "ant/._1.png", "__MACOSX/ant/1.png")
+    touch(train_path, "ant/1.HEIC", "ant/deep/2.svg", "ant/.DS_Store", "ant/._1.png", "__MACOSX/ant/1.png")
     touch(train_path, ".ipynb_checkpoints/1.png", "bee/.ipynb_checkpoints/1.png")
     (train_set, _), told = load(name, tmp_path, 24), capsys.readouterr().out
     assert (train_set.classes, len(train_set)) == (["ant", "bee"], 12)
-    text = f"left out of {train_path}: 2 files that are no images by their ending (.gif, .heic)\n"
+    text = f"left out of {train_path}: 2 files that are no images by their ending (.heic, .svg)\n"
     assert told == text
     val.rename(tmp_path / "test")  # another name is not taken for val
     for n in range(6, 200):
@@ -1883,11 +1915,12 @@ def test_other_files_are_left_out_loudly_and_without_val_a_tenth_of_train_is_hel
         load(name, tmp_path, 24)
 
 
-def test_a_validation_set_may_lack_a_class_and_keeps_trains_labels(folder):
+def test_a_validation_set_may_lack_a_class_and_keeps_trains_labels(folder, capsys):
     for path in (folder / "val/ant").iterdir():
         path.unlink()
     for splits in (("train", "val"), ("val",)):
         val_set = load("folder", folder, 24, splits)[-1]
+        assert capsys.readouterr().out == "1 of 2 classes have no validation images, such as 'ant'\n"
         assert (list(val_set.labels), val_set.classes) == ([1] * 6, ["ant", "bee"])
 
 
@@ -2178,14 +2211,61 @@ def test_fp16s_first_step_may_overflow_without_harm_to_sgds_momentum(tmp_path, m
 
 def test_files_of_one_name_are_told_by_their_addresses_and_a_hash_in_a_name_counts(tmp_path, monkeypatch):
     monkeypatch.setattr("torch.hub.get_dir", lambda: str(tmp_path / "cache"))
-    for n, name in enumerate(("1/last.pth", "2/last.pth", "net-0123456789.pth")):
+    for n, name in enumerate(("1/last.pth", "2/last.pth", "net-01234567ab.pth", "net-20240131.pth")):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         torch.save({"weight": torch.tensor(n)}, tmp_path / name)
     downloaded = [read_checkpoint(f"file://{tmp_path}/{run}/last.pth") for run in (1, 2, 1)]
     assert [contents["weight"].item() for contents in downloaded] == [0, 1, 0]
     for _ in range(2):  # a file with another hash is not kept
         with pytest.raises(UserError, match="could not download .*: invalid hash value"):
-            read_checkpoint(f"file://{tmp_path}/net-0123456789.pth")
+            read_checkpoint(f"file://{tmp_path}/net-01234567ab.pth")
+    assert read_checkpoint(f"file://{tmp_path}/net-20240131.pth")["weight"] == 3  # a date is no hash
+
+
+OTHERS = {  # what others write beside and around weights
+    "DistributedDataParallel": lambda state: {"module." + key: value for key, value in state.items()},
+    "torch.compile": lambda state: {"model": {"module._orig_mod." + key: state[key] for key in state}},
+    "Lightning": lambda state: {"state_dict": state, "epoch": 3},
+    "timm": lambda state: {"state_dict": {key: 0 * state[key] for key in state}, "state_dict_ema": state},
+    "the authors": lambda state: {"model": state, "args": Namespace(lr=5e-4, model="deit_tiny_patch16_224")},
+    "numpy": lambda state: {"model": state, "best": np.float64(81.3), "epoch": np.int64(3)},
+}
+
+
+@pytest.mark.parametrize("origin", OTHERS)
+def test_the_checkpoints_of_others_are_read_and_what_they_do_not_tell_is_said_once(tmp_path, capsys, origin):
+    plain = create_model("tiny", num_classes=5, img_size=32, patch_size=8, depth=1).eval()
+    file = str(tmp_path / "net.pth")
+    torch.save(OTHERS[origin](plain.state_dict()), file)
+    network, inputs = networks.load_network(file)[0], torch.randn(2, 3, 32, 32)
+    assert torch.equal(network(inputs), plain(inputs))
+    networks.load_network(file)
+    text = f"{file} is read as a tiny of 5 classes, 32 pixels, normalized as the authors' networks are\n"
+    assert capsys.readouterr().out == text
+    assert torch.equal(create_teacher("tiny", 5, file)(inputs), plain(inputs))
+
+
+def test_safetensors_and_hugging_faces_names_are_told_by_name(tmp_path):
+    (tmp_path / "net.safetensors").touch()
+    with pytest.raises(UserError, match="net.safetensors is of safetensors; install it, or see docs/els"):
+        read_checkpoint(tmp_path / "net.safetensors")
+    for name in ("vit.embeddings.cls_token", "deit.embeddings.cls_token", "embeddings.cls_token"):
+        torch.save({name: torch.zeros(1, 1, 192)}, tmp_path / "net.bin")
+        with pytest.raises(UserError, match="net.bin has Hugging Face's names of the weights; docs/els"):
+            read_checkpoint(tmp_path / "net.bin")
+
+
+def test_a_teachers_weights_may_be_a_published_name(tmp_path, monkeypatch):
+    states = {"resnet18": torchvision.models.resnet18(), "deit_tiny": create_model("tiny")}
+    for name, network in states.items():
+        torch.save(network.state_dict(), tmp_path / name[:8])
+    monkeypatch.setattr("checkpoint.download", lambda url: tmp_path / Path(url).name[:8])
+    for source, name in (("resnet18", "resnet18"), ("deit_tiny", "tiny")):
+        networks.check_networks(Settings(distill="hard", teacher=name, teacher_weights=source))
+        state = create_teacher(name, 1000, source).state_dict()
+        assert equal(state, states[source].state_dict())
+    with pytest.raises(UserError, match="resnet18 holds a resnet18, not a resnet34"):
+        create_teacher("resnet34", 1000, "resnet18")
 
 
 def test_only_a_cuda_device_is_copied_to_without_waiting():
@@ -2699,6 +2779,13 @@ def test_attention_is_drawn_by_token_and_head_and_augmentations_by_operation(tmp
     page = Image.open(tmp_path / "out.png")
     assert page.height == 2 * (128 + 8 + 2 * 17) and page.width > 5 * 134
     assert "--layer 13: the network has 2 layers" in output(run_evaluate, *words, "--layer", "13", code=2)
+    (tmp_path / "photos").mkdir()
+    for n in range(2):  # a folder is all of its images
+        Image.new("RGB", (30, 20), (90 * n, 200, 30)).save(tmp_path / f"photos/{n}.png")
+    output(run_evaluate, *words[:2], tmp_path / "photos", *words[3:])
+    assert Image.open(tmp_path / "out.png").size == (page.width, 2 * page.height)
+    output(run_evaluate, "augmentations", tmp_path / "photos", "--out", tmp_path / "sheet.png")
+    assert Image.open(tmp_path / "sheet.png").width > 6 * 100
     for rows, more in ((6, []), (15, ["--all"])):
         output(run_evaluate, "augmentations", "--out", tmp_path / "sheet.png", *more)
         pixels = np.asarray(Image.open(tmp_path / "sheet.png"))
@@ -2707,7 +2794,7 @@ def test_attention_is_drawn_by_token_and_head_and_augmentations_by_operation(tmp
         assert len({pixels[step * row :][:100, left:].tobytes() for row in range(rows)}) == rows
 
 
-def test_predictions_are_each_heads_softmax_and_their_mean(tmp_path, monkeypatch, output):
+def test_predictions_are_each_heads_softmax_and_their_mean(tmp_path, monkeypatch, capsys, output):
     model = save_network(tmp_path / "net.pth", ["a", "b", "c"])
     picture = Image.fromarray(np.random.default_rng(0).integers(0, 256, (40, 30, 3), dtype=np.uint8))
     (tmp_path / "deep/a").mkdir(parents=True)
@@ -2716,7 +2803,10 @@ def test_predictions_are_each_heads_softmax_and_their_mean(tmp_path, monkeypatch
         picture.save(file)
     monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(f"{tmp_path}/3.png\n\n".encode())))
     words = ["predict", tmp_path / "net.pth", "--precision", "fp32"]
-    told = output(run_evaluate, *words, tmp_path / "deep", "-", "--json")
+    touch(tmp_path / "deep", "notes.txt", "a/sheet.csv")
+    assert run_evaluate(monkeypatch, *words, tmp_path / "deep", "-", "--json") == 0
+    told, beside = capsys.readouterr()
+    assert beside == f"left out of {tmp_path}/deep: 2 files that are no images by their ending\n"
     records = [json.loads(line) for line in told.splitlines()]
     assert [record["image"] for record in records] == files
     with torch.no_grad():
@@ -2724,11 +2814,38 @@ def test_predictions_are_each_heads_softmax_and_their_mean(tmp_path, monkeypatch
     for head, expected in (("class", first), ("distillation", second), ("fused", (first + second) / 2)):
         told = [(each["name"], each["probability"]) for each in records[2][head]]
         assert [name for name, _ in told] == ["abc"[i] for i in expected.argsort(descending=True)]
-        assert [p for _, p in told] == pytest.approx(expected.sort(descending=True)[0].tolist())
+        assert [p for _, p in told] == pytest.approx(expected.sort(descending=True)[0].tolist(), rel=1e-4)
     lines = output(run_evaluate, *words, tmp_path / "3.png", "--top", "1").splitlines()
     assert lines[0] == files[2] and f"{'abc'[first.argmax()]} {100 * first.max():.1f} %" in lines[1]
     (tmp_path / "empty").mkdir()
     assert "no images below" in output(run_evaluate, *words, tmp_path / "empty", code=2)
+
+
+@pytest.mark.parametrize("distilled", [True, False])
+def test_many_images_are_predicted_in_batches_as_one_by_one_and_in_order(
+    tmp_path, monkeypatch, capsys, distilled
+):
+    plain = create_model("tiny", num_classes=3, img_size=16, patch_size=8, depth=1, distilled=distilled)
+    torch.save(plain.state_dict(), tmp_path / "net.pth")  # without settings: its names are numbers
+    rng, files = np.random.default_rng(0), [str(tmp_path / f"{n:03}.png") for n in range(150)]
+    for n, file in enumerate(files):
+        size = (16 + n % 3, 16 + n % 2)
+        Image.fromarray(rng.integers(0, 256, (*size, 3), dtype=np.uint8)).save(file)
+    broken = [files[0], files[70], *files[128:]]  # the last batch has none that can be read
+    for file in broken:
+        Path(file).write_bytes(b"no picture")
+    words = ["predict", tmp_path / "net.pth", tmp_path, "--json", "--precision", "fp32", "--device", "cpu"]
+    assert run_evaluate(monkeypatch, *words) == 2
+    told, errors = capsys.readouterr()
+    read_as, _, *errors = errors.splitlines()  # the second names net.pth as left out
+    assert " is read as a tiny of 3 classes" in read_as
+    assert [line.split(" is ")[0] for line in errors] == [f"error: {file}" for file in broken]
+    records = [json.loads(line) for line in told.splitlines()]
+    assert [record["image"] for record in records] == [file for file in files if file not in broken]
+    for record in records[::9]:
+        expected = fuse(plain.eval()(inputs_of(record["image"])))[0].tolist()
+        shares = {each["name"]: each["probability"] for each in record["fused"]}
+        assert [shares[f"class {n}"] for n in range(3)] == pytest.approx(expected, abs=1e-6)
 
 
 def test_odd_images_are_predicted_or_told_in_one_line_each(tmp_path, monkeypatch, capsys, output):
@@ -2853,6 +2970,63 @@ def test_the_readmes_way_from_a_run_to_python_works_as_printed(tmp_path, monkeyp
     expected = fuse(model(inputs_of("PHOTO.jpg")))[0]
     torch.testing.assert_close(names["program"].module()(names["inputs"]), model(inputs_of("PHOTO.jpg")))
     assert names["probabilities"] == pytest.approx({"cat": expected[0].item(), "dog": expected[1].item()})
+
+
+def hugging_faces_keys(depth, distilled):
+    """Written out, as transformers has them."""
+    block = [f"{part}.{end}" for part in HUGGING_FACES_BLOCK for end in ("weight", "bias")]
+    ends = [f"{head}_classifier" for head in ("cls", "distillation")] if distilled else ["classifier"]
+    base = "deit" if distilled else "vit"
+    keys = ["cls_token", "position_embeddings", *(["distillation_token"] if distilled else [])]
+    keys += [f"patch_embeddings.projection.{end}" for end in ("weight", "bias")]
+    keys = [f"embeddings.{key}" for key in keys]
+    keys += [f"encoder.layer.{n}.{key}" for n in range(depth) for key in block]
+    keys = [f"{base}.{key}" for key in (*keys, "layernorm.weight", "layernorm.bias")]
+    return {*keys, *(f"{head}.{end}" for head in ends for end in ("weight", "bias"))}
+
+
+HUGGING_FACES_BLOCK = ["attention.attention.query", "attention.attention.key", "attention.attention.value"]
+HUGGING_FACES_BLOCK += ["attention.output.dense", "intermediate.dense", "output.dense"]
+HUGGING_FACES_BLOCK += ["layernorm_before", "layernorm_after"]
+
+
+def test_the_python_that_takes_a_network_elsewhere_works_as_printed(tmp_path, monkeypatch):
+    blocks = re.findall(r"```py\n(.*?)```", Path("docs/elsewhere.md").read_text(), re.DOTALL)
+    monkeypatch.chdir(tmp_path)
+    model, paths = save_network(tmp_path / "runs/pets/last.pth", ["cat", "dog"]), []
+    for n in range(3):
+        Image.new("RGB", (30, 20), (10, 90 * n, 30)).save(f"{n}.jpg")
+        paths.append(f"{n}.jpg")
+    # a stand-in for safetensors, which the tests do without: torch's own file
+    reader = SimpleNamespace(load_file=lambda path: torch.load(io.BytesIO(Path(path).read_bytes())))
+    monkeypatch.setitem(sys.modules, "safetensors.torch", reader)
+    monkeypatch.setitem(sys.modules, "safetensors", SimpleNamespace(torch=reader))
+    names = {"paths": paths}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of what torch will move elsewhere
+        for block in blocks:
+            if "load_file" in block:
+                torch.save(names["theirs"], "model.safetensors")
+            exec(block, names)
+    inputs = torch.cat([inputs_of(path) for path in paths])
+    with torch.no_grad():
+        features, expected = model.forward_features(inputs), fuse(model(inputs))
+    torch.testing.assert_close(names["embeddings"], features[:, 0])
+    torch.testing.assert_close(names["patches"], features[:, 2:])
+    assert names["predicted"] == [["cat", "dog"][label] for label in expected.argmax(dim=1)]
+    program = torch.export.load("pets.pt2").module()
+    torch.testing.assert_close(program(names["images"]), expected)
+    assert (fuse(names["quantized"](inputs)) - expected).abs().max() < 0.1
+    for network in (model, create_model("tiny", num_classes=2, depth=3)):
+        state = network.state_dict()
+        theirs = names["to_hugging_face"](state)
+        assert theirs.keys() == hugging_faces_keys(len(network.blocks), network.distilled)
+        assert equal(names["from_hugging_face"](dict(sorted(theirs.items()))), dict(sorted(state.items())))
+    key = "deit.encoder.layer.1.attention.attention.key.bias"  # query, key, value
+    assert torch.equal(names["theirs"][key], model.blocks[1].attn.qkv.bias[192:384])
+    read = networks.load_network("ours.pth")[0]
+    assert equal(read.state_dict(), model.state_dict())
+    assert checkpoint.read_log("runs/python")[-1]["accuracy"] == pytest.approx(names["accuracy"])
 
 
 def test_the_python_on_the_pages_is_the_code_itself():
