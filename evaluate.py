@@ -43,7 +43,7 @@ import launch
 import networks
 import pictures
 import shapes
-from distill import label_loss
+from distill import Teacher, label_loss
 from launch import UserError, print0, printable
 from model import DeiT, fuse
 from settings import COUNT, DEVICES, PIXELS, PRECISIONS, RECIPES, Parser, Settings, complete
@@ -415,7 +415,10 @@ def curves(arguments: Namespace) -> None:
 
 
 def augmentations(arguments: Namespace) -> None:
-    """A labeled sheet: six of RandAugment's operations by magnitude, and whole batches with their targets."""
+    """A labeled sheet: six of RandAugment's operations by magnitude, and whole batches with their targets.
+
+    With --teacher instead the batches alone, and beneath each image what the teacher says it is.
+    """
     if arguments.images:
         paths = list(image_paths(arguments.images))
         files = [data.read_image(path).resize((224, 224)) for path in paths]
@@ -424,8 +427,13 @@ def augmentations(arguments: Namespace) -> None:
         labels = torch.tensor([classes.index(folder) for folder in folders])
     else:
         (images, labels), classes = shapes.draw_shapes("val", 10, 64), list(shapes.SHAPES)
-    rows = pictures.operation_rows(images[-1], arguments.all)
-    rows += pictures.batch_rows(images, labels, classes, arguments.seed)
+    teacher = None
+    if arguments.teacher:
+        network, _ = networks.load_network(arguments.teacher)
+        networks.check_classes(arguments.teacher, network.classes, classes)
+        teacher = Teacher(network, {})
+    rows = [] if teacher else pictures.operation_rows(images[-1], arguments.all)
+    rows += pictures.batch_rows(images, labels, classes, arguments.seed, teacher)
     pictures.draw_sheet(rows, 100, arguments.out)
 
 
@@ -445,7 +453,7 @@ def predict(arguments: Namespace) -> None:
     An image that cannot be read is told on standard error; the others go on, and the exit code is 2 at the
     end. With --json a line of JSON an image: {"image": path, head: [{"name": class, "probability": p}, ...]}.
     `fused` is always among the heads; of a network with one head it is that one's. Images are answered 64 at
-    a time, in their order.
+    a time, in their order; those of a list on standard input one by one.
     """
     with redirect_stdout(sys.stderr):  # standard output is for predictions alone
         network, _ = open_network(arguments.checkpoint, arguments)
@@ -459,7 +467,8 @@ def predict(arguments: Namespace) -> None:
             return torch.zeros(3, network.img_size, network.img_size, dtype=torch.uint8), str(error)
 
     pool = ThreadPoolExecutor(8)  # Pillow decodes in all of them at once
-    while batch := list(itertools.islice(paths, 64)):
+    # who feeds paths through a pipe gets each answer at once
+    while batch := list(itertools.islice(paths, 1 if "-" in arguments.images else 64)):
         crops, errors = zip(*pool.map(read, batch), strict=True)
         with launch.autocast(arguments.precision, arguments.device):
             outputs = network(augment.normalize(torch.stack(crops).to(arguments.device)))
@@ -531,6 +540,7 @@ COMMANDS = {
         "images": dict(nargs="*", metavar="IMAGE", help="files, folders; folders name classes [ten shapes]"),
         "--out": dict(metavar="PNG", default="augmentations.png", help="[augmentations.png]"),
         "--all": dict(action="store_true", help="every operation instead of six"),
+        "--teacher": dict(metavar="CKPT", help="a network of the same classes, whose labels are shown"),
         "--seed": dict(type=int, default=0, help="of the whole batches [0]"),
     },
 }  # fmt: skip
