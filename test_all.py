@@ -2961,17 +2961,6 @@ def test_every_flag_file_and_name_on_the_pages_exists():
             assert re.search(rf"^( *(def|class) )?{name}\b", sources[Path(path)], re.MULTILINE), name
 
 
-def test_the_readmes_way_from_a_run_to_python_works_as_printed(tmp_path, monkeypatch):
-    (block,) = re.findall(r"```py\n(.*?)```", Path("README.md").read_text(), re.DOTALL)
-    monkeypatch.chdir(tmp_path)
-    model, names = save_network(tmp_path / "runs/pets/last.pth", ["cat", "dog"]), {}
-    Image.new("RGB", (30, 20), (10, 200, 30)).save("PHOTO.jpg")
-    exec(block, names)
-    expected = fuse(model(inputs_of("PHOTO.jpg")))[0]
-    torch.testing.assert_close(names["program"].module()(names["inputs"]), model(inputs_of("PHOTO.jpg")))
-    assert names["probabilities"] == pytest.approx({"cat": expected[0].item(), "dog": expected[1].item()})
-
-
 def hugging_faces_keys(depth, distilled):
     """Written out, as transformers has them."""
     block = [f"{part}.{end}" for part in HUGGING_FACES_BLOCK for end in ("weight", "bias")]
