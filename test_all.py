@@ -1840,11 +1840,13 @@ def test_pictures_of_every_kind_are_read_upright_on_white_and_large_ones_at_a_si
     picture.putpixel((1, 0), (0, 0, 0, 0))
     for name, image in (("RGBA.png", picture), ("P.png", picture.quantize(4))):
         assert read_back(tmp_path / name, image).tolist() == [[[200, 0, 0], [255, 255, 255]]]
-    for name, kind in (("a.jpe", "JPEG"), ("b.JFIF", "JPEG"), ("c.gif", "GIF"), ("d.avif", "AVIF")):
+    kinds = [("a.jpe", "JPEG"), ("b.JFIF", "JPEG"), ("c.gif", "GIF"), ("d.avif", "AVIF")]
+    kinds = [(name, kind) for name, kind in kinds if kind in Image.SAVE]  # AVIF since Pillow 11.3
+    for name, kind in kinds:
         (tmp_path / "few").mkdir(exist_ok=True)
         Image.new("RGB", (8, 8), (200, 0, 0)).save(tmp_path / "few" / name, kind)
     found, others = data.find_images(tmp_path / "few")
-    assert len(found) == 4 and not others
+    assert len(found) == len(kinds) and not others
     assert all(read_image(path).getpixel((4, 4))[0] > 190 for path in found)
     Image.new("RGB", (1200, 800)).save(tmp_path / "photo.jpg")
     read = [read_image(tmp_path / "photo.jpg", enough) for enough in (None, 401, 400, 201, 200, 1)]
