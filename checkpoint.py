@@ -152,11 +152,14 @@ def lock_run(out: str) -> None:
         try:
             Path(out).mkdir(parents=True, exist_ok=True)
             file = os.open(Path(out) / ".lock", os.O_RDWR | os.O_CREAT)  # is never closed
+        except OSError as error:
+            raise UserError(f"could not write into {out}: {error.strerror}; choose another --out") from None
+        try:
             fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise UserError(f"another program trains in {out} now; choose another --out") from None
-        except OSError as error:
-            raise UserError(f"could not write into {out}: {error.strerror}; choose another --out") from None
+        except OSError:  # some network file systems have no locks
+            pass
 
 
 def remove_run(out: str) -> None:
