@@ -213,7 +213,7 @@ def check(s: Settings, given: Iterable[str] = ()) -> None:
     networks.py and data.py refuse what does not fit them.
     """
     distillation = {"teacher", "teacher_weights", "teacher_epochs", "tau", "lam", "no_distill_token"}
-    for name in distillation & set(given) & set(idle_settings(s)):
+    for name in sorted(distillation & set(given) & set(idle_settings(s))):
         raise UserError(f"{flag_of(type(s), name)} plays no part in this run; leave it out")
     parts = world_size() * s.accumulate
     if s.batch_size % parts:
