@@ -2990,7 +2990,7 @@ def test_the_python_that_takes_a_network_elsewhere_works_as_printed(tmp_path, mo
         Image.new("RGB", (30, 20), (10, 90 * n, 30)).save(f"{n}.jpg")
         paths.append(f"{n}.jpg")
     # a stand-in for safetensors, which the tests do without: torch's own file
-    reader = SimpleNamespace(load_file=lambda path: torch.load(path, weights_only=True))
+    reader = SimpleNamespace(load_file=lambda path: torch.load(io.BytesIO(Path(path).read_bytes())))
     monkeypatch.setitem(sys.modules, "safetensors.torch", reader)
     monkeypatch.setitem(sys.modules, "safetensors", SimpleNamespace(torch=reader))
     names = {"paths": paths}
