@@ -49,17 +49,20 @@ def published_url(name: str) -> str:
 
 
 def download(url: str) -> Path:
-    """Where a URL's file is on this machine; downloaded once, and checked if its name ends in -HASH.pth."""
-    folder = launch.hash_of(url)  # many files are called last.pth
-    path = Path(torch.hub.get_dir(), "checkpoints", folder, Path(url.partition("?")[0]).name)
+    """Where a URL's file is on this machine; downloaded once, and checked if its name ends in -HASH.pth.
+
+    Such a file lies where torch.hub puts it too; of others many are called last.pth.
+    """
+    name = Path(url.partition("?")[0]).name
+    digits = re.search(r"-(?=\d*[a-f])([0-9a-f]{8,})\.|$", name)[1]  # without a letter it is a date
+    path = Path(torch.hub.get_dir(), "checkpoints", "" if digits else launch.hash_of(url), name)
     path.parent.mkdir(parents=True, exist_ok=True)
-    digits = re.search(r"-(?=\d*[a-f])([0-9a-f]{8,})\.|$", path.name)[1]  # without a letter it is a date
     try:
         launch.main_process_first(
             lambda: path.exists() or torch.hub.download_url_to_file(url, str(path), digits)
         )
     except (OSError, RuntimeError) as error:  # no such address, no network, or another hash
-        raise UserError(f"could not download {url}: {error}; check the address and the network") from None
+        raise UserError(f"could not download {url}: {error}; without a network name a file") from None
     return path
 
 

@@ -369,6 +369,8 @@ def image_paths(sources: list[str]) -> Iterator[str]:
     found = []
     for source in sources:
         images = [source]
+        if "://" in source:
+            raise UserError(f"{source} is an address; download the picture and name its file")
         if source == "-":
             images = (os.fsdecode(line.rstrip(b"\r\n")) for line in sys.stdin.buffer if line.strip())
         elif Path(source).is_dir():

@@ -227,7 +227,7 @@ def main() -> None:
     if not (s.resume and holds_run(s.out)):
         start_from(s, network, train_set, val_set, device)
     accuracy = train(network, s, train_set, val_set, device, teacher)
-    report(s, accuracy, started)
+    report(s, accuracy, started, "best.pth")
 
 
 if __name__ == "__main__":

@@ -122,9 +122,13 @@ def check_equal(what: str, value) -> None:
 
 
 def main_process_first(act: Callable):
-    """What act() returns: rank 0 calls it first, so that the others find what was downloaded."""
-    for turn in (True, False):
-        if turn == (rank() == 0):
+    """What act() returns: rank 0 calls it first, then one process of each other machine, then the rest.
+
+    So whoever comes later finds what was downloaded, on a disk that machines share or one of their own.
+    """
+    mine = 0 if rank() == 0 else 1 if os.environ.get("LOCAL_RANK") == "0" else 2
+    for turn in range(3):
+        if turn == mine:
             result = act()
         all_gather(None)  # waits for all
     return result

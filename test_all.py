@@ -1209,6 +1209,7 @@ def test_a_teacher_or_a_published_convnet_is_fine_tuned_by_the_same_program(tmp_
     )
     (low,) = Path("runs").glob("teacher-shapes-16px-resnet18-*")
     assert "the teacher sees the images at its own 16 pixels" in told
+    assert told.endswith("Next:  python evaluate.py accuracy low/best.pth\n")
     words = {"img_size": 24, "epochs": 1, "limit": 55, "batch_size": 16}
     output(run_finetune, *flags(words | {"checkpoint": low / "last.pth", "out": "high"}))
     torch.save(networks.create_convnet("resnet18", 1000, 224).state_dict(), "published.pth")
@@ -2222,6 +2223,20 @@ def test_files_of_one_name_are_told_by_their_addresses_and_a_hash_in_a_name_coun
         with pytest.raises(UserError, match="could not download .*: invalid hash value"):
             read_checkpoint(f"file://{tmp_path}/net-01234567ab.pth")
     assert read_checkpoint(f"file://{tmp_path}/net-20240131.pth")["weight"] == 3  # a date is no hash
+    cached = tmp_path / "cache/checkpoints/net-76543210fe.pth"  # as torch.hub left it; there is no network
+    torch.save({"weight": torch.tensor(7)}, cached)
+    assert read_checkpoint("https://nowhere.invalid/net-76543210fe.pth")["weight"] == 7
+    with pytest.raises(UserError, match="could not download .*; without a network name a file"):
+        read_checkpoint("file:///nowhere/net.pth")
+
+
+@pytest.mark.parametrize(("rank", "local_rank", "turn"), [(0, 0, 0), (1, 1, 2), (2, 0, 1), (3, 1, 2)])
+def test_one_process_of_each_machine_downloads_and_rank_0_before_all(monkeypatch, rank, local_rank, turn):
+    waits = []
+    monkeypatch.setattr(launch, "all_gather", waits.append)
+    monkeypatch.setenv("RANK", str(rank))
+    monkeypatch.setenv("LOCAL_RANK", str(local_rank))
+    assert launch.main_process_first(lambda: len(waits)) == turn and len(waits) == 3
 
 
 OTHERS = {  # what others write beside and around weights
@@ -2856,6 +2871,8 @@ def test_odd_images_are_predicted_or_told_in_one_line_each(tmp_path, monkeypatch
     (tmp_path / "text.jpg").write_text("no picture")
     files = [tmp_path / name for name in ("text.jpg", "missing.png", "new\nline é\x1b.png")]
     Image.new("L", (20_000, 2)).save(files[2])
+    assert run_evaluate(monkeypatch, "predict", tmp_path / "net.pth", "https://x.org/a.jpg") == 2
+    assert capsys.readouterr().err.startswith("error: https://x.org/a.jpg is an address; download the")
     assert run_evaluate(monkeypatch, "predict", tmp_path / "net.pth", *files) == 2
     out, errors = capsys.readouterr()
     assert [line.split(" is ")[0] for line in errors.splitlines()] == [f"error: {file}" for file in files[:2]]
