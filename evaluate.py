@@ -25,7 +25,6 @@ import sys
 import time
 from argparse import Namespace, RawDescriptionHelpFormatter
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import redirect_stdout
 from pathlib import Path
 
@@ -468,10 +467,9 @@ def predict(arguments: Namespace) -> None:
         except UserError as error:
             return torch.zeros(3, network.img_size, network.img_size, dtype=torch.uint8), str(error)
 
-    pool = ThreadPoolExecutor(8)  # Pillow decodes in all of them at once
     # who feeds paths through a pipe gets each answer at once
     while batch := list(itertools.islice(paths, 1 if "-" in arguments.images else 64)):
-        crops, errors = zip(*pool.map(read, batch), strict=True)
+        crops, errors = zip(*map(read, batch), strict=True)
         with launch.autocast(arguments.precision, arguments.device):
             outputs = network(augment.normalize(torch.stack(crops).to(arguments.device)))
         heads = [outputs] if isinstance(outputs, Tensor) else [*outputs, outputs]
