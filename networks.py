@@ -161,7 +161,7 @@ def official_settings(state: dict[str, Tensor]) -> dict:
 def checkpoint_settings(contents: dict) -> dict:
     """How the network in a checkpoint was made and trained, and `num_classes`; {} if it does not tell."""
     if settings := contents.get("settings"):
-        return settings | ({"num_classes": len(settings["classes"])} if "classes" in settings else {})
+        return settings | ({"num_classes": len(settings["classes"])} if settings.get("classes") else {})
     return official_settings(checkpoint_weights(contents))
 
 

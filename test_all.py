@@ -2999,7 +2999,7 @@ HUGGING_FACES_BLOCK += ["attention.output.dense", "intermediate.dense", "output.
 HUGGING_FACES_BLOCK += ["layernorm_before", "layernorm_after"]
 
 
-def test_the_python_that_takes_a_network_elsewhere_works_as_printed(tmp_path, monkeypatch):
+def test_the_python_that_takes_a_network_elsewhere_works_as_printed(tmp_path, monkeypatch, output):
     blocks = re.findall(r"```py\n(.*?)```", Path("docs/elsewhere.md").read_text(), re.DOTALL)
     monkeypatch.chdir(tmp_path)
     model, paths = save_network(tmp_path / "runs/pets/last.pth", ["cat", "dog"]), []
@@ -3016,6 +3016,10 @@ def test_the_python_that_takes_a_network_elsewhere_works_as_printed(tmp_path, mo
         for block in blocks:
             if "load_file" in block:
                 torch.save(names["theirs"], "model.safetensors")
+            if "backbone" in block:
+                state = create_model("tiny", depth=2).state_dict()
+                torch.save({key: state[key] for key in state if "head" not in key}, "backbone.pth")
+                torch.save(networks.create_convnet("resnet18", 1000, 224).state_dict(), "resnet18.pth")
             exec(block, names)
     inputs = torch.cat([inputs_of(path) for path in paths])
     with torch.no_grad():
@@ -3033,6 +3037,9 @@ def test_the_python_that_takes_a_network_elsewhere_works_as_printed(tmp_path, mo
         assert equal(names["from_hugging_face"](dict(sorted(theirs.items()))), dict(sorted(state.items())))
     key = "deit.encoder.layer.1.attention.attention.key.bias"  # query, key, value
     assert torch.equal(names["theirs"][key], model.blocks[1].attn.qkv.bias[192:384])
+    words = {"data": "shapes", "limit": 20, "epochs": 1, "img_size": 32, "batch_size": 10}
+    for file in ("with-head.pth", "resnet18-ours.pth"):
+        output(run_finetune, *flags(words | {"checkpoint": file}))
     read = networks.load_network("ours.pth")[0]
     assert equal(read.state_dict(), model.state_dict())
     assert checkpoint.read_log("runs/python")[-1]["accuracy"] == pytest.approx(names["accuracy"])
