@@ -37,9 +37,15 @@ def keyed_generator(*key) -> Generator:
 
 
 @functools.cache
-def constant(values: tuple, device: torch.device) -> Tensor:
-    """The tensor of some constants, which is copied to a device once."""
+def kept_constant(values: tuple, device: torch.device) -> Tensor:
     return torch.tensor(values).to(device)
+
+
+def constant(values: tuple, device: torch.device) -> Tensor:
+    """The tensor of some constants. It is copied to a device once; what torch.export traces is not kept."""
+    if torch.compiler.is_compiling():
+        return torch.tensor(values, device=device)
+    return kept_constant(values, device)
 
 
 def to_device(values: Tensor, device: torch.device) -> Tensor:

@@ -3045,6 +3045,20 @@ def test_the_python_that_takes_a_network_elsewhere_works_as_printed(tmp_path, mo
     assert checkpoint.read_log("runs/python")[-1]["accuracy"] == pytest.approx(names["accuracy"])
 
 
+def test_normalization_is_the_same_before_within_and_after_an_export():
+    augment.kept_constant.cache_clear()
+
+    class Normalized(nn.Module):
+        def forward(self, images):
+            return augment.normalize(images)
+
+    images = torch.randint(256, (2, 3, 8, 8), dtype=torch.uint8)
+    exported = torch.export.export(Normalized(), (images,)).module()(images)
+    expected = torchvision.transforms.Normalize(augment.MEAN, augment.STD)(images / 255)
+    torch.testing.assert_close(exported, expected, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(augment.normalize(images), expected, rtol=1e-5, atol=1e-6)
+
+
 def test_the_python_on_the_pages_is_the_code_itself():
     def stripped(text):
         return "\n".join(["", *(line.strip() for line in text.strip().splitlines()), ""])
