@@ -36,16 +36,13 @@ def keyed_generator(*key) -> Generator:
     return Generator().manual_seed(int.from_bytes(digest, "little") >> 1)
 
 
-@functools.cache
-def kept_constant(values: tuple, device: torch.device) -> Tensor:
-    return torch.tensor(values).to(device)
+kept_constant = functools.cache(lambda values, device: torch.tensor(values).to(device))
 
 
 def constant(values: tuple, device: torch.device) -> Tensor:
-    """The tensor of some constants. It is copied to a device once; what torch.export traces is not kept."""
-    if torch.compiler.is_compiling():
-        return torch.tensor(values, device=device)
-    return kept_constant(values, device)
+    """The tensor of some constants, copied to a device once. One that torch.export traces is not kept."""
+    make = kept_constant.__wrapped__ if torch.compiler.is_compiling() else kept_constant
+    return make(values, device)
 
 
 def to_device(values: Tensor, device: torch.device) -> Tensor:
