@@ -343,6 +343,8 @@ def apply_operations(images: Tensor, ops: Tensor, arguments: Tensor) -> Tensor:
     Image i gets ops[0, i] with arguments[0, i], then ops[1, i], and so on. `ops` int64 (num_ops, B), places
     in NAMES or -1 for none, and `arguments` float (num_ops, B) are on the CPU, the images anywhere.
     """
+    if images.dtype != torch.uint8 or images.ndim != 4 or images.shape[1] != 3:
+        raise ValueError(f"images must be uint8 (B, 3, H, W), not {images.dtype} {tuple(images.shape)}")
     if images.device.type == "cpu" and images.numel() > 2**21 and len(images) > 1:  # what stays in its cache
         halves = zip(images.chunk(2), ops.chunk(2, dim=1), arguments.chunk(2, dim=1), strict=True)
         return torch.cat([apply_operations(*half) for half in halves])

@@ -960,8 +960,11 @@ def test_a_step_is_flip_policy_normalize_erase_mix_and_follows_its_generator(pol
     assert torch.equal(inputs, expected[0]) and torch.equal(targets, expected[1])
     assert torch.equal(mine.get_state(), draws.get_state())
     assert not torch.equal(step(images, labels, mine)[0], inputs)  # the next draws are others
-    with pytest.raises(ValueError, match="images must be uint8, not torch.float32"):
+    with pytest.raises(ValueError, match="images must be uint8"):
         step(images / 255, labels, draws)
+    for wrong in (torch.rand(2, 3, 8, 8), images[:, :1], images[0]) if policy != "off" else ():
+        with pytest.raises(ValueError, match=r"images must be uint8 \(B, 3, H, W\), not torch"):
+            POLICIES[policy](wrong, draws)
 
 
 @pytest.mark.parametrize("policy", [*POLICIES, "off"])
