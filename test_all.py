@@ -2649,7 +2649,7 @@ def test_a_teacher_and_its_labels_are_of_the_very_data(tmp_path, output):
 
 def test_links_bring_no_picture_twice_or_under_another_class(tmp_path):
     path = write_folder(tmp_path / "data", [(16, 16)]) / "train"
-    (path / "ant/up").symlink_to(path)
+    (path / "ant/up").symlink_to(path / "ant")
     (path / "ant/dogs").symlink_to(path / "bee")
     (path / "all").symlink_to(path)
     (path / "bee/link.png").symlink_to(path / "bee/0.png")  # a link to a file is a file
