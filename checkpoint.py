@@ -84,10 +84,15 @@ def checkpoint_weights(contents: dict) -> dict[str, Tensor]:
     return {re.sub(r"^(module\.|_orig_mod\.)+", "", key): value for key, value in state.items()}
 
 
-# What others' checkpoints hold beside weights: the flags of a training, and numbers of numpy (torch.load's
-# own list of what runs no code has neither). Older numpys call the module numpy.core.
+# What others' checkpoints hold beside weights: the flags of a training, paths, numbers of numpy. None is on
+# torch.load's own list of what runs no code. Older numpys call the module numpy.core.
 NUMPY_SCALAR = np.float64(0).__reduce__()[0]
-SAFE = [Namespace, np.dtype, *(type(np.dtype(kind)) for kind in (np.float32, np.float64, np.int64))]
+SAFE = [
+    Namespace,
+    type(Path()),
+    np.dtype,
+    *(type(np.dtype(kind)) for kind in (np.float32, np.float64, np.int64)),
+]
 SAFE += [(NUMPY_SCALAR, f"numpy.{core}.multiarray.scalar") for core in ("core", "_core")]
 
 

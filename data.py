@@ -10,6 +10,7 @@ import json
 import os
 import re
 import signal
+import warnings
 import zlib
 from collections.abc import Iterable, Iterator
 from contextlib import suppress
@@ -31,6 +32,7 @@ from settings import Settings
 from shapes import SHAPES, draw_shapes
 
 PngImagePlugin.MAX_TEXT_CHUNK = PngImagePlugin.MAX_TEXT_MEMORY  # a long note does not spoil a PNG
+warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # a picture twice as large is refused
 
 
 def read_image(path: str | Path, enough: int | None = None) -> Image.Image:

@@ -11,6 +11,7 @@ classes differ, and a distillation token learns the true label, unless --distill
 
 import time
 from dataclasses import asdict, dataclass, replace
+from os.path import expanduser
 from pathlib import Path
 
 import torch
@@ -44,7 +45,7 @@ TRAINED = {"all": ("",), "head": ("head",), "attention": ("head", "attn", "pos_e
 class FinetuneSettings(Settings):
     """The settings of training, and three more."""
 
-    checkpoint: str = setting("", str, f"a file, a URL, or one of {', '.join(OFFICIAL)}", "fine-tuning")
+    checkpoint: str = setting("", expanduser, f"a file, a URL or one of {', '.join(OFFICIAL)}", "fine-tuning")
     recipe: str = setting("", ("short", "paper"), "a few epochs of AdamW, or the authors' settings: above")
     trainable: str = setting("all", tuple(TRAINED), "what learns; attention: with position embeddings and "
                              "heads", flag="--train")

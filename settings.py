@@ -12,6 +12,7 @@ import re
 import textwrap
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass, field, fields
+from os.path import expanduser
 from pathlib import Path
 from typing import NamedTuple
 
@@ -57,7 +58,7 @@ PIXELS = number(int, 1, 4096)
 
 
 def absolute(path: str) -> str:
-    return os.path.abspath(os.path.expanduser(path))
+    return os.path.abspath(expanduser(path))
 
 
 def setting(default, allowed, meaning: str, group: str = "", flag: str = ""):
@@ -119,8 +120,8 @@ class Settings:
     teacher: str = setting("auto", str, "the teacher's network: regnet_y_200mf, _4gf, _8gf, _12gf, _16gf, "
                            "vgg8, any classifier of torchvision, or tiny, small, base; auto: vgg8 for images "
                            "of up to 64 pixels, regnet_y_200mf for larger ones")
-    teacher_weights: str = setting("", str, "'published' (torchvision's), or a checkpoint's path or URL; "
-                                   "without it a teacher is trained first on the same data, beside the run")
+    teacher_weights: str = setting("", expanduser, "'published' (torchvision's), or a checkpoint's path or "
+                                   "URL; without it one is trained first on the same data, beside the run")
     teacher_epochs: int = setting("auto", number(int, 1, auto=True), "epochs of a teacher that is trained "
                                   "first; auto: those of its own recipe")
     remember_labels: bool = setting(False, bool, "hard: keep the teacher's labels beside the run, for "
@@ -162,7 +163,7 @@ class Settings:
     workers: int = setting(-1, number(int, -1, 256), "processes that read image files, -1 chooses")
     skip_broken: bool = setting(False, bool, "leave out image files that cannot be read, and count them")
     seed: int = setting(0, number(int, 0, 2**62), "of everything random; the data set shapes stays the same")
-    out: str = setting("", str, "the run's directory, else one below runs/ named after its settings")
+    out: str = setting("", expanduser, "the run's directory, else one below runs/ named after its settings")
     save_every: int = setting(0, number(int, 0), "steps between saves within an epoch; 0: only at its end")
     resume: bool = setting(False, bool, "continue the run in --out, or start it if there is none")
     overwrite: bool = setting(False, bool, "replace the run in --out")

@@ -2247,7 +2247,7 @@ OTHERS = {  # what others write beside and around weights
     "torch.compile": lambda state: {"model": {"module._orig_mod." + key: state[key] for key in state}},
     "Lightning": lambda state: {"state_dict": state, "epoch": 3},
     "timm": lambda state: {"state_dict": {key: 0 * state[key] for key in state}, "state_dict_ema": state},
-    "the authors": lambda state: {"model": state, "args": Namespace(lr=5e-4, model="deit_tiny_patch16_224")},
+    "the authors": lambda state: {"model": state, "args": Namespace(lr=5e-4, output_dir=Path("x"))},
     "numpy": lambda state: {"model": state, "best": np.float64(81.3), "epoch": np.int64(3)},
 }
 
@@ -3046,6 +3046,12 @@ def test_the_python_that_takes_a_network_elsewhere_works_as_printed(tmp_path, mo
     read = networks.load_network("ours.pth")[0]
     assert equal(read.state_dict(), model.state_dict())
     assert checkpoint.read_log("runs/python")[-1]["accuracy"] == pytest.approx(names["accuracy"])
+
+
+def test_a_tilde_in_a_path_is_the_home_folder():
+    words = [f"--{name}=~/x" for name in ("out", "data-path", "teacher-weights", "checkpoint")]
+    given = vars(finetune.finetune_parser().parse_args(words))
+    assert set(given.values()) == {str(Path.home() / "x")}
 
 
 def test_normalization_is_the_same_before_within_and_after_an_export():
