@@ -1168,6 +1168,9 @@ def test_higher_resolution_of_imagenet_is_the_papers_recipe():
     assert tuned({}, shapes | {"model": "vgg8"}).items() >= {"optimizer": "sgd", "lr": 0.1}.items()
     for teacher, weights in (("regnet_y_16gf", "published"), ("vgg8", "")):
         assert tuned({"teacher": teacher})["teacher_weights"] == weights
+    folder = OFFICIAL_TINY | {"data": "folder", "data_path": "/mine"}  # a folder is told by its path
+    assert tuned({}, folder)["img_size"] == 336
+    assert tuned({"data_path": "/yours"}, folder)["img_size"] == 224
     rates = [train.learning_rate(step, 1000, 100, Settings(**table)) for step in range(100, 1001)]
     assert set(rates) == {5e-6}  # constant after the warm-up
 
@@ -2220,8 +2223,9 @@ def test_files_of_one_name_are_told_by_their_addresses_and_a_hash_in_a_name_coun
     for n, name in enumerate(("1/last.pth", "2/last.pth", "net-01234567ab.pth", "net-20240131.pth")):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         torch.save({"weight": torch.tensor(n)}, tmp_path / name)
-    downloaded = [read_checkpoint(f"file://{tmp_path}/{run}/last.pth") for run in (1, 2, 1)]
-    assert [contents["weight"].item() for contents in downloaded] == [0, 1, 0]
+    shutil.copy(tmp_path / "2/last.pth", tmp_path / "1/last.pth?version=2")
+    urls = [f"file://{tmp_path}/{name}" for name in ("1/last.pth", "2/last.pth", "1/last.pth?version=2")]
+    assert [read_checkpoint(url)["weight"].item() for url in (*urls, urls[0])] == [0, 1, 1, 0]
     for _ in range(2):  # a file with another hash is not kept
         with pytest.raises(UserError, match="could not download .*: invalid hash value"):
             read_checkpoint(f"file://{tmp_path}/net-01234567ab.pth")
@@ -2470,6 +2474,7 @@ TUNING_MISTAKES = {
     "--out none --resume --workers 1": "there is no run in none to continue",
     "--out runs/run --overwrite": "runs/run/last.pth is in --out, where --overwrite would remove it",
     "--train norm": "invalid choice: 'norm'",
+    "--recipe long": "invalid choice: 'long'",
     "--checkpoint convnet.pth --train head": "--train head is about transformers",
 }
 
@@ -2914,6 +2919,7 @@ def test_every_command_has_an_example_in_its_help_and_on_a_page(output):
         examples, _, flags = told.partition("\n  " + first)
         assert f" {script} " in examples and flags and "\n  --" not in examples
         assert run is not run_train or "[8]" in flags  # the epochs of shapes
+        assert run is not run_finetune or "[the checkpoint's]" in flags
 
 
 # ---- README, docs/ and results/ ----
@@ -3046,6 +3052,23 @@ def test_the_python_that_takes_a_network_elsewhere_works_as_printed(tmp_path, mo
     read = networks.load_network("ours.pth")[0]
     assert equal(read.state_dict(), model.state_dict())
     assert checkpoint.read_log("runs/python")[-1]["accuracy"] == pytest.approx(names["accuracy"])
+
+
+def test_the_loop_augments_by_its_settings_and_gives_the_signals_back(tmp_path, monkeypatch, output):
+    made, before = [], signal.getsignal(signal.SIGTERM)
+    monkeypatch.setattr(train, "Augment", lambda *given: made.append(augment.Augment(*given)) or made[0])
+    words = {"augment": "off", "erasing": 0.1, "mixup": 0.2, "cutmix": 0.3, "smoothing": 0.4, "epochs": 1}
+    output(run_train, *flags(QUICK | words | {"out": tmp_path / "run"}))
+    mix = made[0].mix
+    assert (mix.mixup_alpha, mix.cutmix_alpha, mix.num_classes, mix.smoothing) == (0.2, 0.3, 10, 0.4)
+    assert made[0].policy is None and made[0].erasing.probability == 0.1
+    assert signal.getsignal(signal.SIGTERM) is before
+
+
+def test_0_switches_off_what_can_be_switched_off():
+    off = "limit mixup cutmix erasing smoothing dropout drop-path ema clip-grad warmup-epochs save-every"
+    given = train.train_parser().parse_args([f"--{name}=0" for name in off.split()])
+    assert set(vars(given).values()) == {0}
 
 
 def test_a_tilde_in_a_path_is_the_home_folder():
