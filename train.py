@@ -164,11 +164,11 @@ def train(
         checkpoint.remove_run(s.out)
     launch.check_equal("step to go on from", step)
     checkpoint.save_settings(s)
-    # The sum of the epoch's losses in this process. In float64 the order of adding does not matter.
+    # The sum of the epoch's losses in this process. In float64 the order of adding hardly matters.
     dtype = torch.float32 if device.type == "mps" else torch.float64
     loss_sum = torch.tensor(loss_so_far, device=device, dtype=dtype)
 
-    # `network` holds the weights; `model` is the same, compiled or with its gradients averaged
+    # `network` holds the weights; `model` wraps it to compile it and to average gradients over processes
     model = torch.compile(network) if s.compile else network
     if world_size() > 1:
         device_ids = [device.index] if device.type == "cuda" else None
