@@ -110,7 +110,8 @@ def read_checkpoint(source: str | Path) -> dict:
         if not all(isinstance(value, Tensor) for value in weights.values()):
             raise ValueError("its parts are not named weights")
     except (FileNotFoundError, PermissionError):
-        raise UserError(f"there is no file {path} that may be read") from None
+        hint = launch.did_you_mean(str(source), OFFICIAL)
+        raise UserError(f"there is no file {path} that may be read{hint}") from None
     except Exception as error:  # a damaged file can make the reader raise anything
         if path.suffix == ".safetensors":  # a newer torch reads them, where the package is installed
             raise UserError(f"{source} is of safetensors; install it, or see docs/elsewhere.md") from error

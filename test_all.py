@@ -2463,6 +2463,7 @@ def test_mistakes_end_with_one_line_and_exit_code_2(tmp_path, monkeypatch, outpu
 
 TUNING_MISTAKES = {
     "--checkpoint none.pth": "there is no file none.pth",
+    "--checkpoint deit_tinny": "there is no file deit_tinny that may be read; did you mean deit_tiny?",
     "--checkpoint plain.pth": "plain.pth does not say what it is",
     "--model small": "run/last.pth has --model tiny, not small; fine-tuning keeps it",
     "--patch-size 4": "run/last.pth has --patch-size 8, not 4; fine-tuning keeps it",
