@@ -4,7 +4,7 @@ The student's `outputs` are one tensor of logits (no distillation token: both te
 class logits, "usual distillation") or the pair (class logits, distillation logits): the true label then
 teaches the class token and the teacher teaches the distillation token.
 
-    torchrun train.py --model tiny --distill hard
+    python train.py --model tiny --distill hard
 """
 
 import math
@@ -25,6 +25,7 @@ def soft_distillation_loss(
 ) -> Tensor:
     """Equation 2: (1 - λ) CE(ψ(Zs), y) + λ τ² KL(ψ(Zs/τ), ψ(Zt/τ)), the mean over the batch.
 
+    ψ is the softmax, Zs and Zt are the student's and the teacher's logits; of a pair each term has its own.
     `outputs` (B, C) or a pair of them; `targets` are class probabilities float (B, C), smoothed by the
     caller, or labels int64 (B,); `teacher_logits` (B, C). KL is written as torch has it,
     student first: Σ teacher · log(teacher / student).

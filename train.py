@@ -219,7 +219,7 @@ def train(
                 signals.end_if_asked(step, steps)
 
         rate = (step - first) * s.batch_size / (time.monotonic() - started)
-        run.save(step, log, loss_sum)  # whoever is killed in the evaluation evaluates again
+        run.save(step, log, loss_sum)  # a run that is killed in its evaluation then only evaluates again
         accuracy = evaluate(ema.module if ema else network, val_set, s, device)
         best = top1(accuracy) > max((top1(record["accuracy"]) for record in log), default=-1)
         loss = launch.all_reduce(loss_sum).item() / world_size() / per_epoch
