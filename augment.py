@@ -540,8 +540,6 @@ class Augment:
         self.mix = Mixup(mixup, cutmix, num_classes, smoothing)
 
     def __call__(self, images: Tensor, labels: Tensor, generator: Generator) -> tuple[Tensor, Tensor]:
-        if images.dtype != torch.uint8:
-            raise ValueError(f"images must be uint8, not {images.dtype}")
         if self.policy is not None:
             images = self.policy(random_flip(images, generator), generator)
         inputs = self.erasing.erase_(normalize(images), generator)

@@ -87,12 +87,8 @@ def checkpoint_weights(contents: dict) -> dict[str, Tensor]:
 # What others' checkpoints hold beside weights: the flags of a training, paths, numbers of numpy. None is on
 # torch.load's own list of what runs no code. Older numpys call the module numpy.core.
 NUMPY_SCALAR = np.float64(0).__reduce__()[0]
-SAFE = [
-    Namespace,
-    type(Path()),
-    np.dtype,
-    *(type(np.dtype(kind)) for kind in (np.float32, np.float64, np.int64)),
-]
+SAFE = [Namespace, type(Path()), np.dtype]
+SAFE += [type(np.dtype(kind)) for kind in (np.float32, np.float64, np.int64)]
 SAFE += [(NUMPY_SCALAR, f"numpy.{core}.multiarray.scalar") for core in ("core", "_core")]
 
 
@@ -199,8 +195,8 @@ def read_log(out: str | Path) -> list[dict]:
 
 def from_saved(saved: dict, kind: type = Settings, **changed):
     """The settings that a run or checkpoint was saved with; those it does not know have their defaults."""
-    known = {one.name for one in fields(kind)}
-    return kind(**{name: value for name, value in (saved | changed).items() if name in known})
+    values = {"trainable": saved.get("train", "all")} | saved | changed  # `train` in older files
+    return kind(**{one.name: values[one.name] for one in fields(kind) if one.name in values})
 
 
 def resumed_settings(given: dict, out: str, kind: type = Settings):
@@ -229,7 +225,11 @@ def resumed_settings(given: dict, out: str, kind: type = Settings):
         if given[name] != getattr(s, name):
             text = f"the run in {out} has {flag_of(kind, name)} {getattr(s, name)}, not {given[name]}"
             raise UserError(f"{text}; leave the flag out, or train on with finetune.py --checkpoint {out}")
-    return replace(s, **given)
+    s = replace(s, **given)
+    if s.precision == "auto":  # a run of an older version, in which a CPU computed in fp32
+        device = launch.device_type(s.device)
+        s.precision = "fp32" if device == "cpu" else launch.choose_precision("auto", device)
+    return s
 
 
 class Run:
@@ -291,4 +291,4 @@ class Run:
         log += [record for record in read_log(self.out)[len(log) :] if record["step"] <= step]
         print0(f"resuming {self.out} after step {step}, {len(log)} epochs")
         within = step > len(log) * self.steps_per_epoch
-        return step, log, progress["loss_sum"] if within else 0.0
+        return step, log, progress.get("loss_sum", sum(progress.get("loss_sums", []))) if within else 0.0

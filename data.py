@@ -32,7 +32,7 @@ from settings import Settings
 from shapes import SHAPES, draw_shapes
 
 PngImagePlugin.MAX_TEXT_CHUNK = PngImagePlugin.MAX_TEXT_MEMORY  # a long note does not spoil a PNG
-warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # a picture twice as large is refused
+warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # twice that size is refused
 
 
 def read_image(path: str | Path, enough: int | None = None) -> Image.Image:

@@ -228,9 +228,7 @@ def load_network(source: str) -> tuple[nn.Module, dict]:
     contents = read_checkpoint(published_url(source) if published else source)
     saved = published_settings(source) if published else checkpoint_settings(contents)
     if not saved.get("model") or "num_classes" not in saved:
-        raise UserError(
-            f"{source} does not say what it is; name a run or an official file, or see docs/elsewhere.md"
-        )
+        raise UserError(f"{source} does not say what it is; docs/elsewhere.md has what such a file lacks")
     saved = {"img_size": 224, "patch_size": 16} | saved
     network = assemble(saved, contents, source)
     if not published and "settings" not in contents:

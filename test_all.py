@@ -2092,6 +2092,24 @@ def test_a_fine_tuning_that_is_killed_needs_nothing_but_its_directory(tmp_path, 
     assert "has --train head, not all" in output(run_finetune, *again, "--train", "all", code=2)
 
 
+def test_a_run_that_an_older_version_stopped_within_an_epoch_goes_on(tmp_path, output):
+    output(run_train, *flags(QUICK | {"epochs": 1, "out": tmp_path / "first"}))
+    words = {"checkpoint": tmp_path / "first", "img_size": 24, "epochs": 2, "batch_size": 16, "train": "head"}
+    words |= {"device": "cpu", "precision": "fp32"}
+    whole, cut = tmp_path / "whole", tmp_path / "cut"
+    assert forked(flags(words | {"out": whole}), None, finetune.main) == 0
+    stopped = forked(flags(words | {"out": cut}), ("step", 2, signal.SIGTERM), finetune.main)
+    assert stopped == 128 + signal.SIGTERM
+    settings = json.loads((cut / "settings.json").read_text()) | {"precision": "auto"}
+    settings["train"] = settings.pop("trainable")
+    (cut / "settings.json").write_text(json.dumps(settings))
+    contents = saved(cut)
+    contents["progress"]["loss_sums"] = [contents["progress"].pop("loss_sum")]
+    torch.save(contents, cut / "last.pth")
+    assert forked(flags({"out": cut, "resume": True}), None, finetune.main) == 0
+    assert same_run(whole, cut)
+
+
 def test_a_run_goes_on_with_its_own_settings_or_is_written_over_when_told_to(tmp_path, monkeypatch, output):
     own = {"save_every": 2, "workers": 1, "skip_broken": True, "seed": 3, "epochs": 1}
     words, last = flags(QUICK | own | {"out": tmp_path / "run"}), tmp_path / "run/last.pth"
@@ -3017,7 +3035,9 @@ def test_the_python_that_takes_a_network_elsewhere_works_as_printed(tmp_path, mo
         Image.new("RGB", (30, 20), (10, 90 * n, 30)).save(f"{n}.jpg")
         paths.append(f"{n}.jpg")
     # a stand-in for safetensors, which the tests do without: torch's own file
-    reader = SimpleNamespace(load_file=lambda path: torch.load(io.BytesIO(Path(path).read_bytes())))
+    reader = SimpleNamespace(
+        load_file=lambda path: torch.load(io.BytesIO(Path(path).read_bytes()), weights_only=True)
+    )
     monkeypatch.setitem(sys.modules, "safetensors.torch", reader)
     monkeypatch.setitem(sys.modules, "safetensors", SimpleNamespace(torch=reader))
     names = {"paths": paths}
