@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 import networks
 import settings
-from checkpoint import OFFICIAL, holds_run, resumed_settings
+from checkpoint import OFFICIAL, holds_run, lock_run, resumed_settings
 from data import DataSet, load_data, open_split
 from launch import UserError, init, print0, run_program, user_errors, world_size
 from model import SIZES, DeiT, check_fit, load_weights
@@ -227,6 +227,7 @@ def main() -> None:
     teacher = load_teacher(s, train_set, val_set, device) if s.needs_teacher else None
     if not (s.resume and holds_run(s.out)):
         start_from(s, network, train_set, val_set, device)
+    lock_run(s.out)
     accuracy = train(network, s, train_set, val_set, device, teacher)
     report(s, accuracy, started, "best.pth")
 

@@ -266,6 +266,9 @@ def teacher_settings(s: Settings, train_set: DataSet) -> Settings:
 def train_teacher(s: Settings, train_set: DataSet, val_set: DataSet, device: torch.device) -> str:
     """The checkpoint of a teacher of the same data: a run like any other, and one that has ended is read."""
     t = teacher_settings(s, train_set)
+    checkpoint.lock_run(s.out)
+    if not checkpoint.holds_run(s.out):
+        checkpoint.save_settings(s)  # --resume finds them if the teacher's training is stopped
     print0(f"teacher: a {t.model} of {t.epochs} epochs, in {t.out}")
     accuracy = top1(train(build_network(t, len(train_set.classes)), t, train_set, val_set, device))
     print0(f"teacher: {accuracy:.2f} % top-1")
@@ -313,7 +316,7 @@ def load_teacher(
 def introduce(
     s: Settings, network: nn.Module, train_set: DataSet, val_set: DataSet, device: torch.device
 ) -> None:
-    """Prints what is trained on what and how, and keeps the settings, so that --resume finds them."""
+    """Prints what is trained on what and how."""
     names = f"{train_set.names} + {val_set.names}"
     launch.check_equal("data set", f"{len(train_set)} + {len(val_set)} images ({names})")
     print0(
@@ -332,9 +335,6 @@ def introduce(
     if s.ema and (memory := round(1 / (1 - s.ema))) > s.epochs * per_epoch:
         text = f"--ema {s.ema} averages over {memory} steps, and the run has only {s.epochs * per_epoch}"
         raise launch.UserError(f"{text}; try --ema {1 - 10 / (s.epochs * per_epoch):.3g}")
-    checkpoint.lock_run(s.out)
-    if not checkpoint.holds_run(s.out):
-        checkpoint.save_settings(s)
 
 
 def report(s: Settings, accuracy: dict[str, float], started: float, file: str = "last.pth") -> None:
@@ -373,6 +373,7 @@ def main() -> None:
     network = build_network(s, len(train_set.classes))
     introduce(s, network, train_set, val_set, device)
     teacher = load_teacher(s, train_set, val_set, device) if s.needs_teacher else None
+    checkpoint.lock_run(s.out)
     accuracy = train(network, s, train_set, val_set, device, teacher)
     report(s, accuracy, started)
 
