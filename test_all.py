@@ -1610,6 +1610,16 @@ def test_a_teacher_that_knows_no_more_than_the_largest_class_is_refused(tmp_path
         assert not (tmp_path / "run/last.pth").exists()
 
 
+def test_an_epochs_line_says_what_the_log_keeps(tmp_path, output):
+    told = output(run_train, *flags(QUICK | {"epochs": 2, "out": tmp_path / "run"}))
+    lines = [
+        f"epoch {record['epoch']}/2  loss {record['loss']:.3f}  val class "
+        f"{record['accuracy']['class']:.2f} %\n"
+        for record in checkpoint.read_log(tmp_path / "run")
+    ]
+    assert len(lines) == 2 and "".join(lines) in told
+
+
 def test_compile_is_for_the_network_that_is_trained_and_for_its_teacher(tmp_path, monkeypatch, output):
     compiled = []
     monkeypatch.setattr("torch.compile", lambda network: compiled.append(type(network).__name__) or network)
