@@ -438,6 +438,14 @@ def test_the_tables_of_settings_are_those_of_the_code_below_them():
     assert DISTILLATION.keys() == LOSSES.keys()
 
 
+@pytest.mark.parametrize("name", RECIPES)
+def test_a_recipe_is_for_transformers_and_for_the_convnets_that_teach_them(name):
+    student, teacher = (complete({"data": name, "model": model}) for model in ("tiny", "vgg8"))
+    assert (student.optimizer, teacher.optimizer, teacher.min_lr) == ("adamw", "sgd", 0.0)
+    repeats = 3 if name in ("imagenet", "inat2018", "inat2019") else 1
+    assert (student.repeats, teacher.repeats) == (repeats, repeats)
+
+
 def test_the_table_of_losses_decides_what_is_trained():
     table = {"none": (False, False), "soft": (True, True), "hard": (True, True), "label": (False, True)}
     assert {name: tuple(needs) for name, needs in DISTILLATION.items()} == table
