@@ -167,10 +167,11 @@ def lock_run(out: str) -> None:
             pass
 
 
-def remove_run(out: str) -> None:
-    """Removes an earlier run's files."""
+def remove_run(s: Settings) -> None:
+    """Removes an earlier run's files, if --overwrite says so."""
+    check_unused(s.out, s.overwrite)
     for name in ("last.pth", "best.pth", "log.jsonl"):
-        Path(out, name).unlink(missing_ok=True)
+        Path(s.out, name).unlink(missing_ok=True)
 
 
 # ---- Runs ----
@@ -185,6 +186,12 @@ ADJUSTABLE = WITHOUT_EFFECT | {"teacher_weights", "lr", "clip_grad", "precision"
 def holds_run(out: str | Path) -> bool:
     """Whether there is a checkpoint to continue from."""
     return os.path.exists(Path(out) / "last.pth")
+
+
+def check_unused(out: str, overwrite: bool) -> None:
+    """Raises UserError if a run would be written over without leave."""
+    if holds_run(out) and not overwrite:
+        raise UserError(f"{out} holds a run; --resume continues it, --overwrite replaces it")
 
 
 def read_log(out: str | Path) -> list[dict]:
@@ -206,8 +213,8 @@ def resumed_settings(given: dict, out: str, kind: type = Settings):
     """
     path, resume, overwrite = Path(out) / "settings.json", given.get("resume"), given.get("overwrite")
     exists = os.path.exists(path) or holds_run(out)
-    if not resume and not overwrite and holds_run(out):
-        raise UserError(f"{out} holds a run; --resume continues it, --overwrite replaces it")
+    if not resume:
+        check_unused(out, overwrite)
     if not resume and overwrite and os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0") != "0":
         raise UserError("--overwrite would start anew at each of torchrun's restarts; use --resume")
     if resume and not exists and given.keys() <= ADJUSTABLE:
@@ -289,6 +296,7 @@ class Run:
         # The log may be one epoch further than the checkpoint: an epoch is evaluated after its save.
         step, log = progress["step"], progress["log"]
         log += [record for record in read_log(self.out)[len(log) :] if record["step"] <= step]
-        print0(f"resuming {self.out} after step {step}, {len(log)} epochs")
+        state = "has ended" if len(log) == now["epochs"] else "goes on"
+        print0(f"the run in {self.out} {state} after step {step}, {len(log)} epochs")
         within = step > len(log) * self.steps_per_epoch
         return step, log, progress.get("loss_sum", sum(progress.get("loss_sums", []))) if within else 0.0

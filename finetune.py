@@ -86,6 +86,7 @@ SHOWN |= dict.fromkeys(("data", "data_path", *KEPT, *KEPT_ON_ITS_DATA), "the che
 SHOWN |= {
     "img_size": "the checkpoint's; on the checkpoint's own data 1.5 times that, in whole patches",
     "repeats": "the checkpoint's; 1 for other data",
+    "limit": "the checkpoint's; 0 for other data",
     "distill": "the checkpoint's; for other data label where it has a second token, else none",
     "epochs": "30; 2 for shapes",
     "lr": "0.0005; 0.05 for --train head, 0.005 for --train attention",

@@ -166,7 +166,7 @@ class Settings:
     out: str = setting("", expanduser, "the run's directory, else one below runs/ named after its settings")
     save_every: int = setting(0, number(int, 0), "steps between saves within an epoch; 0: only at its end")
     resume: bool = setting(False, bool, "continue the run in --out, or start it if there is none")
-    overwrite: bool = setting(False, bool, "replace the run in --out")
+    overwrite: bool = setting(False, bool, "replace the run in --out; --resume goes before it")
 
     @property
     def distilled(self) -> bool:
@@ -298,6 +298,7 @@ def idle_settings(s: Settings) -> list[str]:
 def describe(s: Settings) -> None:
     """Prints the settings that play a part in a run; settings.json in its directory has all of them."""
     idle = idle_settings(s)
-    text = "  ".join(f"{name}={value}" for name, value in asdict(s).items() if name not in idle)
+    shown = {flag_of(type(s), name)[2:]: value for name, value in asdict(s).items() if name not in idle}
+    text = "  ".join(f"{flag}={value}" for flag, value in shown.items())
     options = dict(break_long_words=False, break_on_hyphens=False, initial_indent="  ")
     print0(textwrap.fill(text, 110, subsequent_indent="  ", **options))

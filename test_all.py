@@ -1665,7 +1665,7 @@ def test_a_teacher_is_trained_once_and_reused_by_every_student(tmp_path, output)
     other = {"teacher_epochs": 2}, {"img_size": 24}, {"limit": 50}
     for n, more in enumerate(same + other):  # the others decide what the teacher becomes
         told = output(run_train, *flags(words | more | {"out": tmp_path / f"s{n}"}))
-        assert "teacher: a resnet18 of " in told and ("resuming" in told) == (0 < n < 5)
+        assert "teacher: a resnet18 of " in told and ("has ended" in told) == (0 < n < 5)
     assert len(list(tmp_path.glob("teacher-shapes-*-resnet18-*"))) == 4
     student = saved(tmp_path / "s4")
     teacher = Path(student["settings"]["teacher_weights"])
@@ -2121,6 +2121,8 @@ def test_a_fine_tuning_that_is_killed_needs_nothing_but_its_directory(tmp_path, 
     assert forked(again, None, finetune.main) == 0
     assert same_run("whole", "runs/tuned")
     assert "has --train head, not all" in output(run_finetune, *again, "--train", "all", code=2)
+    told = output(run_finetune, *again)
+    assert "  train=head" in told and "save-every=1" in told  # as the flags are called
 
 
 def test_a_run_that_an_older_version_stopped_within_an_epoch_goes_on(tmp_path, output):
@@ -2151,11 +2153,11 @@ def test_a_run_goes_on_with_its_own_settings_or_is_written_over_when_told_to(tmp
         torchrun.setenv("TORCHELASTIC_MAX_RESTARTS", "3")
         refused = output(run_train, *words, "--overwrite", code=2)
         assert "at each of torchrun's restarts" in refused and last.read_bytes() == before
-    for changed in ({}, {"workers": 0, "accumulate": 2}):
-        again = {"out": tmp_path / "run", "resume": True}
-        output(run_train, *flags(again | changed))
+    again = {"out": tmp_path / "run", "resume": True}
+    for changed in ({}, {"lr": 1.0}):  # what a run that has ended does not use is not recorded as used
+        assert "has ended" in output(run_train, *flags(again | changed))
         kept = json.loads((tmp_path / "run/settings.json").read_text())
-        assert kept.items() >= (own | {"device": "cpu"} | changed).items()
+        assert kept.items() >= (own | {"device": "cpu", "lr": QUICK["lr"]}).items()
     for name, value in (("seed", 4), ("smoothing", 0.2), ("erasing", 0.5), ("epochs", 2)):
         told = output(run_train, *flags(again | {name: value}), code=2)
         assert f"run has --{name} {kept[name]}, not {value}" in told
@@ -2164,7 +2166,10 @@ def test_a_run_goes_on_with_its_own_settings_or_is_written_over_when_told_to(tmp
         multiply_loss(broken, 2, math.nan)  # in step 3
         output(run_train, *words, "--overwrite", "--seed", "1", code=2)
     assert {path.name for path in last.parent.iterdir()} == {".lock", "last.pth", "settings.json"}
-    output(run_train, *flags(again))
+    changed = {"workers": 0, "accumulate": 2}
+    output(run_train, *flags(again | changed))
+    kept = json.loads((tmp_path / "run/settings.json").read_text())
+    assert kept.items() >= (own | {"seed": 1} | changed).items()
     assert saved(tmp_path / "run")["settings"]["seed"] == 1 and last.read_bytes() != before
     assert len(checkpoint.read_log(tmp_path / "run")) == 1
 
@@ -2201,7 +2206,7 @@ def test_the_best_checkpoint_is_the_epochs_with_the_highest_fused_accuracy(tmp_p
     assert "\n  circle 6, ring 6, half 6, triangle 6, " in told and "best.pth (epoch 2, 60.00 %)" in told
     size = sum(value.numel() for value in saved(tmp_path / "run")["model"].values())
     assert f"{size:,} parameters, 9 steps, learning rate 9.38e-05; the run is in {tmp_path}/run\n" in told
-    assert "no_distill_token=" in told and not re.search("teacher|tau|lam=|data_path|workers", told)
+    assert "no-distill-token=" in told and not re.search("teacher|tau|lam=|data-path|workers", told)
 
 
 # Kills process 1 before its fifth step, once
@@ -2359,7 +2364,7 @@ def test_an_epoch_is_saved_once_and_the_best_has_no_optimizer(tmp_path, monkeypa
     monkeypatch.setattr("checkpoint.atomic_save", counted)
     monkeypatch.setattr("train.evaluate", lambda *_: {"class": 10.0})
     assert run_train(monkeypatch, *flags(QUICK | {"out": tmp_path / "run"})) == 0
-    assert written == {"settings.json": 2, "last.pth": 3, "best.pth": 1, "log.jsonl": 3}
+    assert written == {"settings.json": 1, "last.pth": 3, "best.pth": 1, "log.jsonl": 3}
     assert run_train(monkeypatch, *flags(QUICK | {"epochs": 1, "ema": 0.5, "out": tmp_path / "one"})) == 0
     best, last = (saved(tmp_path / "one", file) for file in ("best.pth", "last.pth"))
     assert last.keys() - best.keys() == {"optimizer", "scaler"} and best["settings"] == last["settings"]
@@ -2620,7 +2625,7 @@ def test_an_interrupted_teacher_goes_on_with_other_processes_and_parts(tmp_path,
     words = QUICK | {"distill": "hard", "teacher_epochs": 2, "batch_size": 18, "out": tmp_path / "run"}
     assert forked(flags(words), ("evaluation", 1, signal.SIGKILL)) == -signal.SIGKILL
     told = output(run_train, *flags(words | {"accumulate": 2, "resume": True}))
-    assert "resuming" in told and len(list(tmp_path.glob("teacher-*"))) == 1
+    assert "goes on" in told and len(list(tmp_path.glob("teacher-*"))) == 1
 
 
 def test_after_a_nan_a_run_goes_on_with_what_the_error_advises(tmp_path, monkeypatch, output):
@@ -2629,7 +2634,7 @@ def test_after_a_nan_a_run_goes_on_with_what_the_error_advises(tmp_path, monkeyp
         multiply_loss(broken, 4, math.nan)
         output(run_train, *flags(QUICK | {"out": tmp_path / "run", "save_every": 2}), code=2)
     told = output(run_train, *flags(words | {"lr": 1e-4, "clip_grad": 1.0, "precision": "fp16"}))
-    assert "lr=0.0001" in told and "clip_grad=1.0" in told and "precision=fp16" in told
+    assert "lr=0.0001" in told and "clip-grad=1.0" in told and "precision=fp16" in told
     assert saved(tmp_path / "run")["settings"]["lr"] == 1e-4
     (tmp_path / "run/settings.json").unlink()  # the checkpoint has the settings too
     refused = output(run_train, *flags(words | {"seed": 7}), code=2)
@@ -3081,6 +3086,8 @@ def test_the_python_that_takes_a_network_elsewhere_works_as_printed(tmp_path, mo
                 torch.save({key: state[key] for key in state if "head" not in key}, "backbone.pth")
                 torch.save(networks.create_convnet("resnet18", 1000, 224).state_dict(), "resnet18.pth")
             exec(block, names)
+    with pytest.raises(UserError, match="runs/python holds a run"):
+        exec(block, names)  # the last one trains
     inputs = torch.cat([inputs_of(path) for path in paths])
     with torch.no_grad():
         features, expected = model.forward_features(inputs), fuse(model(inputs))

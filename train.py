@@ -161,9 +161,10 @@ def train(
     if s.resume and checkpoint.holds_run(s.out):
         step, log, loss_so_far = run.load()
     else:
-        checkpoint.remove_run(s.out)
+        checkpoint.remove_run(s)
     launch.check_equal("step to go on from", step)
-    checkpoint.save_settings(s)
+    if len(log) < s.epochs:
+        checkpoint.save_settings(s)
     # The sum of the epoch's losses in this process. In float64 the order of adding hardly matters.
     dtype = torch.float32 if device.type == "mps" else torch.float64
     loss_sum = torch.tensor(loss_so_far, device=device, dtype=dtype)
