@@ -121,7 +121,7 @@ def atomic_save(path: Path, write: Callable) -> None:
     """On rank 0 calls `write` with a binary file that is named `path` only when it is whole on the disk."""
     if rank() > 0:
         return
-    partial = path.with_name(f"{path.name}.{os.getpid()}.partial")  # another process may write the same file
+    partial = path.with_name(f"{path.name}.partial")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with open(partial, "wb") as file:
@@ -144,9 +144,6 @@ def save_settings(s: Settings) -> None:
     """Writes a run's settings into its directory, from where --resume takes them."""
     text = json.dumps(asdict(s), indent=2)
     atomic_save(Path(s.out) / "settings.json", lambda file: file.write(text.encode()))
-    if rank() == 0:
-        for partial in Path(s.out).glob("*.partial"):  # of a process that was killed while it wrote
-            partial.unlink()
 
 
 def lock_run(out: str) -> None:
@@ -162,7 +159,7 @@ def lock_run(out: str) -> None:
         try:
             fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            raise UserError(f"another program trains in {out} now; choose another --out") from None
+            raise UserError(f"another program trains in {out} now; wait, or choose another --out") from None
         except OSError:  # some network file systems have no locks
             pass
 

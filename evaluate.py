@@ -89,7 +89,7 @@ def open_val(source: str, network: nn.Module, s: Settings, arguments: Namespace)
     s, split = copy.copy(s), "val"
     s.img_size = network.img_size  # shapes are drawn at that size
     if arguments.val:
-        s.data, s.data_path, split = "folder", Path(arguments.val).parent, Path(arguments.val).name
+        s.data, split = "folder", os.path.abspath(arguments.val)  # which no root in front of it changes
         s.limit, s.skip_broken = 0, False
     else:
         s.limit = s.limit if arguments.data in (None, s.data) else 0

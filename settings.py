@@ -197,6 +197,9 @@ def complete(given: dict, recipe: dict | None = None, kind: type = Settings):
     if recipe is None:
         recipe = recipe_of(given.get("data", kind.data), given.get("model", kind.model))
     s = kind(**recipe | given)
+    if "batch_size" not in given:
+        parts = world_size() * s.accumulate
+        s.batch_size = max(1, s.batch_size // parts) * parts
     if s.warmup_epochs == "auto":
         s.warmup_epochs = min(5.0, s.epochs / 10)
     if s.teacher == "auto":

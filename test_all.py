@@ -1374,6 +1374,10 @@ def test_accuracy_is_the_share_of_right_images_on_one_process_and_on_two(insects
         told = f"{100 * sure[n]:.1f} % {CLASSES[decided['fused'][n]]}, and is {files[n].parent.name}: "
         assert line == told + f"{path}/images/shots/{files[n].parent.name}/{files[n].name}"
     assert fork_two(partial(launch.run_program, measure.main), words, path / "told") == alone
+    (path / "alone").mkdir()
+    (path / "images/shots").rename(path / "alone/train")  # of which nothing is held out
+    told = output(run_evaluate, "accuracy", path / "net.pth", "--val", path / "alone/train")
+    assert f": 11 images of {path}/alone/train\n" in told
 
 
 @pytest.mark.parametrize("sizes", [[(20, 20)], [(20, 30), (30, 20)]], ids=["held", "streamed"])
@@ -2621,6 +2625,20 @@ def test_a_directory_belongs_to_one_running_program(tmp_path, output):
     output(run_train, *words)
 
 
+def test_a_teacher_in_training_belongs_to_one_running_program_too(tmp_path, output):
+    words = QUICK | {"epochs": 1, "teacher_epochs": 1, "distill": "hard"}
+    assert forked(flags(words | {"out": tmp_path / "first"})) == 0
+    (teacher,) = tmp_path.glob("teacher-*")
+    other = fork(partial(hold_lock, teacher), [])
+    while not (teacher / "held").exists():
+        assert other.is_alive() and not time.sleep(0.05)
+    output(run_train, *flags(words | {"out": tmp_path / "second"}))  # one that has ended is only read
+    (teacher / "log.jsonl").unlink()
+    told = output(run_train, *flags(words | {"out": tmp_path / "third"}), code=2)
+    assert f"another program trains in {teacher} now; wait" in told
+    other.kill()
+
+
 def test_an_interrupted_teacher_goes_on_with_other_processes_and_parts(tmp_path, output):
     words = QUICK | {"distill": "hard", "teacher_epochs": 2, "batch_size": 18, "out": tmp_path / "run"}
     assert forked(flags(words), ("evaluation", 1, signal.SIGKILL)) == -signal.SIGKILL
@@ -2814,6 +2832,7 @@ def test_new_heads_of_a_convnet_are_its_last_layer_alone():
 def test_few_images_make_ten_steps_an_epoch_unless_a_batch_size_is_given(tmp_path, monkeypatch, output):
     sizes = [train.fit_batch_size(64, *case) for case in ((5000, 1), (200, 1), (200, 3), (40, 1), (5, 1))]
     assert sizes == [64, 20, 18, 8, 5]
+    assert complete({"accumulate": 3}).batch_size == 126  # the recipe's 128 in whole parts
     monkeypatch.chdir(write_folder(tmp_path / "pets", STREAMED))
     words = {"data": "folder", "data_path": ".", "img_size": 32, "patch_size": 16, "depth": 1, "epochs": 1}
     words |= {"workers": 0, "out": tmp_path / "run"}

@@ -251,16 +251,11 @@ def teacher_settings(s: Settings, train_set: DataSet) -> Settings:
     shared += ["precision", "device", "workers", "compile", "accumulate", "save_every"]
     given = {name: getattr(s, name) for name in shared} | {"model": s.teacher, "epochs": s.teacher_epochs}
     t = settings.complete(given | {"resume": True})
+    t.batch_size = fit_batch_size(t.batch_size, len(train_set), world_size() * s.accumulate)
     without = checkpoint.WITHOUT_EFFECT | {"precision"}
     deciding = [(name, value) for name, value in asdict(t).items() if name not in without]
     name = f"teacher-{s.data}-{s.img_size}px-{s.teacher}-{hash_of(deciding, train_set.fingerprint)[:8]}"
-    t.out, parts = str(Path(s.out).parent / name), world_size() * s.accumulate
-    t.batch_size = fit_batch_size(t.batch_size, len(train_set), parts)
-    if checkpoint.holds_run(t.out):  # it keeps its batch size on other processes
-        saved = checkpoint.read_checkpoint(t.out)
-        t.batch_size, t.accumulate = (saved["settings"][name] for name in ("batch_size", "accumulate"))
-        if len(saved["progress"]["log"]) < t.epochs:
-            settings.check(t)
+    t.out = str(Path(s.out).parent / name)
     return t
 
 
@@ -270,6 +265,8 @@ def train_teacher(s: Settings, train_set: DataSet, val_set: DataSet, device: tor
     checkpoint.lock_run(s.out)
     if not checkpoint.holds_run(s.out):
         checkpoint.save_settings(s)  # --resume finds them if the teacher's training is stopped
+    if len(checkpoint.read_log(t.out)) < t.epochs:
+        checkpoint.lock_run(t.out)
     print0(f"teacher: a {t.model} of {t.epochs} epochs, in {t.out}")
     accuracy = top1(train(build_network(t, len(train_set.classes)), t, train_set, val_set, device))
     print0(f"teacher: {accuracy:.2f} % top-1")
