@@ -512,7 +512,7 @@ class Mixup:
             top, bottom, left, right = self.box(lam, height, width, generator)
             mixed = inputs.clone()
             mixed[:, :, top:bottom, left:right] = inputs[:, :, top:bottom, left:right].flip(0)
-            lam = 1 - (bottom - top) * (right - left) / (height * width)  # what the border left
+            lam = 1 - (bottom - top) * (right - left) / (height * width)  # the share that is not pasted
         else:
             mixed = inputs.flip(0).lerp_(inputs, lam)
         return mixed, torch.lerp(targets.flip(0), targets, lam)
