@@ -145,8 +145,8 @@ class Settings:
     optimizer: str = setting("adamw", ("adamw", "sgd"), "sgd has Nesterov momentum 0.9",
                              "optimization (Table 9)")
     lr: float = setting(5e-4, POSITIVE, "learning rate per 512 images: the one used is lr × batch size / 512")
-    min_lr: float = setting(1e-5, POSITIVE, "learning rate at the end of the cosine, for any batch size")
-    warmup_lr: float = setting(1e-6, POSITIVE, "learning rate at the start of the warm-up, for any batch size")
+    min_lr: float = setting(1e-5, POSITIVE, "learning rate at the end of the cosine, at any batch size")
+    warmup_lr: float = setting(1e-6, POSITIVE, "learning rate at the start of warm-up, at any batch size")
     warmup_epochs: float = setting("auto", number(float, 0, auto=True), "epochs of linear warm-up; auto: the "
                                    "paper's 5, but at most a tenth of the epochs")
     weight_decay: float = setting(0.05, POSITIVE, "not for biases, norms, tokens and position embeddings")
