@@ -165,7 +165,7 @@ def lock_run(out: str) -> None:
 
 
 def remove_run(s: Settings) -> None:
-    """Removes an earlier run's files, if --overwrite says so."""
+    """Removes an earlier run's files; raises UserError if it can go on and --overwrite is not given."""
     check_unused(s.out, s.overwrite)
     for name in ("last.pth", "best.pth", "log.jsonl"):
         Path(s.out, name).unlink(missing_ok=True)

@@ -79,7 +79,7 @@ PICTURES = dict(img_size=224, epochs=100, batch_size=64, lr=1e-3, repeats=1)
 SHAPES = dict(img_size=24, patch_size=8, epochs=8, batch_size=128, lr=4e-3, repeats=1, warmup_epochs=0.5,
               drop_path=0.0)
 # Convnets learn by SGD. Teachers have "the same data and same data-augmentation" (section 5.2), but for small
-# images, where a teacher has minutes: too few for the whole of it. Of its rates too (results/teachers.md).
+# images, where a teacher has minutes: too few for the whole of it. Their rates: results/teachers.md.
 IMAGENET_CONVNET = dict(epochs=300, optimizer="sgd", lr=0.8, min_lr=0.0, weight_decay=5e-5)
 PICTURES_CONVNET = dict(IMAGENET_CONVNET, img_size=224, epochs=30, batch_size=64, lr=0.2, repeats=1)
 CIFAR_CONVNET = dict(img_size=32, epochs=30, batch_size=128, optimizer="sgd", lr=0.2, min_lr=0.0,

@@ -2623,6 +2623,12 @@ def test_a_directory_belongs_to_one_running_program(tmp_path, output):
     other.kill()  # the system releases the lock
     other.join()
     output(run_train, *words)
+    other = fork(partial(hold_lock, tmp_path / "tuned"), [])
+    while not (tmp_path / "tuned/held").exists():
+        assert other.is_alive() and not time.sleep(0.05)
+    told = output(run_finetune, *flags({"checkpoint": out, "out": tmp_path / "tuned", "epochs": 1}), code=2)
+    assert f"another program trains in {tmp_path}/tuned now" in told
+    other.kill()
 
 
 def test_a_teacher_in_training_belongs_to_one_running_program_too(tmp_path, output):

@@ -149,7 +149,6 @@ def train(
     """
     per_epoch = steps_per_epoch(train_set, s)
     steps, warmup = s.epochs * per_epoch, round(s.warmup_epochs * per_epoch)
-
     network = network.to(device)
     ema = build_ema(network, s.ema) if s.ema else None
     optimizer = build_optimizer(network, s)
