@@ -2618,8 +2618,9 @@ def test_a_directory_belongs_to_one_running_program(tmp_path, output):
     while not (out / "held").exists():
         assert other.is_alive() and not time.sleep(0.05)
     words = flags(QUICK | {"epochs": 1, "out": out})
-    for more in ([], ["--resume"], ["--overwrite"]):
+    for more in ([], ["--resume"], ["--overwrite"], ["--distill", "hard"]):
         assert f"another program trains in {out} now" in output(run_train, *words, *more, code=2)
+    assert {path.name for path in tmp_path.rglob("*")} == {"run", "held", ".lock"}  # no teacher is trained
     other.kill()  # the system releases the lock
     other.join()
     output(run_train, *words)
