@@ -22,9 +22,8 @@ import itertools
 import json
 import os
 import sys
-import time
 from argparse import Namespace, RawDescriptionHelpFormatter
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import redirect_stdout
 from pathlib import Path
 
@@ -32,21 +31,21 @@ import torch
 import torch.nn.functional as F
 import torchvision
 from torch import Tensor, nn
-from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.utils.flop_counter import FlopCounterMode
 
 import augment
-import checkpoint
 import data
 import launch
 import networks
 import pictures
 import shapes
-from distill import Teacher, label_loss
+import speed
+from distill import Teacher
+from image_files import crop_file, find_images, read_image, to_tensor
 from launch import UserError, print0, printable
 from model import DeiT, fuse
+from runs import accuracy_line, from_saved, read_log
 from settings import COUNT, DEVICES, PIXELS, PRECISIONS, RECIPES, Parser, Settings, complete
-from train import HEADS, accuracy_line, build_network, build_optimizer, predictions
+from train import HEADS, build_network, predictions
 
 # ---- Any network, and any validation set to look at it on ----
 
@@ -54,7 +53,7 @@ from train import HEADS, accuracy_line, build_network, build_optimizer, predicti
 def open_network(source: str, arguments: Namespace) -> tuple[nn.Module, Settings]:
     """A frozen network on its device, and the settings it was trained with; `source` is a CKPT."""
     network, saved = networks.load_network(source)
-    s = checkpoint.from_saved(saved, workers=-1, precision=arguments.precision)
+    s = from_saved(saved, workers=-1, precision=arguments.precision)
     return network.to(arguments.device), s
 
 
@@ -273,56 +272,6 @@ def tokens(arguments: Namespace) -> None:
 # ---- throughput: Table 1 and Figure 1 ----
 
 
-def count_flops(network: nn.Module, size: int) -> int:
-    """Floating-point operations of one image's inference, a multiply-add counting two: torch's counter."""
-    network = copy.deepcopy(network).eval().to("meta")  # where nothing is computed
-    with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
-        network(torch.zeros(1, 3, size, size, device="meta"))
-    return counter.get_total_flops()
-
-
-def seconds(step: Callable[[], object], runs: int, device: torch.device) -> float:
-    """The mean time of one step() over so many runs, after 3 that do not count."""
-    wait = getattr(torch, device.type).synchronize
-    for repeats in (3, runs):
-        wait()
-        started = time.perf_counter()
-        for _ in range(repeats):
-            step()
-    wait()
-    return (time.perf_counter() - started) / runs
-
-
-def matmul_peak(dtype: torch.dtype, device: torch.device) -> tuple[float, int]:
-    """FLOP/s of the best of several square matrix products, and their side."""
-    side = 8192 if device.type == "cuda" else 1024
-    a, b = torch.randn(2, side, side, device=device).to(dtype)
-    return 2 * side**3 / min(seconds(lambda: a @ b, 3, device) for _ in range(5)), side
-
-
-def timed_steps(network: nn.Module, s: Settings, images: Tensor) -> tuple[Callable, Callable, Callable]:
-    """A step of inference, one of training and one of augmentation, of images uint8 (B, 3, S, S)."""
-    device, optimizer = images.device, build_optimizer(network, s)
-    model = torch.compile(network) if s.compile else network
-    scaler = torch.amp.GradScaler(device.type, enabled=s.precision == "fp16")
-    inputs, labels = augment.normalize(images), torch.arange(len(images), device=device) % 1000
-    policy, generator = augment.Augment(1000), augment.keyed_generator("throughput")
-
-    def inference() -> None:
-        with torch.no_grad(), launch.autocast(s.precision, device):
-            model(inputs)
-
-    def training() -> None:
-        with launch.autocast(s.precision, device):
-            loss = label_loss(model(inputs), labels)
-        scaler.scale(loss).backward()
-        scaler.step(optimizer)
-        scaler.update()
-        optimizer.zero_grad()
-
-    return inference, training, lambda: policy(images, labels, generator)
-
-
 def throughput(arguments: Namespace) -> None:
     """Images/s of inference and of training steps, and the share of the device's own peak that they reach.
 
@@ -338,19 +287,19 @@ def throughput(arguments: Namespace) -> None:
         raise UserError("--distilled is about a second token, which only tiny, small and base have")
     networks.check_sizes(s.model, s, 2)
     network = build_network(s, 1000).to(device)
-    flops, weights = count_flops(network, size), sum(p.numel() for p in network.parameters()) / 1e6
+    flops, weights = speed.count_flops(network, size), sum(p.numel() for p in network.parameters()) / 1e6
     print(f"{s.model} at {size} pixels: {weights:.1f} M parameters, {flops / 1e9:.2f} GFLOP an image")
     name = torch.cuda.get_device_name() if device.type == "cuda" else f"{torch.get_num_threads()} threads"
     dtype = launch.DTYPES[s.precision]
     print(f"{str(dtype).removeprefix('torch.')} on {device} ({name}), torch {torch.__version__}")
-    peak, side = matmul_peak(dtype, device)
+    peak, side = speed.matmul_peak(dtype, device)
     print(f"peak          {peak / 1e12:.3g} TFLOP/s, the best of 5 products of {side} × {side} matrices")
     count = arguments.batch_size or (512 if device.type == "cuda" else 16)
     images = torch.randint(256, (count, 3, size, size), dtype=torch.uint8, device=device)
-    steps, names = timed_steps(network, s, images), ("inference", "training", "augmentation")
+    steps, names = speed.timed_steps(network, s, images), ("inference", "training", "augmentation")
     for name, step, cost in zip(names, steps, (flops, 3 * flops, 0), strict=True):
         network.train(name == "training")
-        rate = count / seconds(step, runs, device)
+        rate = count / speed.seconds(step, runs, device)
         text = f"{name:12}  {rate:.1f} images/s, batch {count}, mean of {runs} runs"
         if cost:
             text += f"; {rate * cost / 1e12:.3g} TFLOP/s, {100 * rate * cost / peak:.1f} % of the peak"
@@ -373,7 +322,7 @@ def image_paths(sources: list[str]) -> Iterator[str]:
         if source == "-":
             images = (os.fsdecode(line.rstrip(b"\r\n")) for line in sys.stdin.buffer if line.strip())
         elif Path(source).is_dir():
-            images, others = data.find_images(Path(source))
+            images, others = find_images(Path(source))
             if not images:
                 raise UserError(f"there are no images below {source}")
             if others:
@@ -396,7 +345,7 @@ def attention(arguments: Namespace) -> None:
     if layer > len(network.blocks):
         raise UserError(f"--layer {layer}: the network has {len(network.blocks)} layers")
     rows, side = [], 128  # pixels
-    for image in map(data.read_image, image_paths(arguments.images)):
+    for image in map(read_image, image_paths(arguments.images)):
         rows += pictures.attention_rows(network, image, layer, HEADS[:2], side)
     pictures.draw_sheet(rows, side, arguments.out)
 
@@ -406,7 +355,7 @@ def curves(arguments: Namespace) -> None:
     logs = {}
     for run, name in zip(arguments.runs, short_names(arguments.runs), strict=True):
         try:
-            logs[name] = checkpoint.read_log(Path(run))
+            logs[name] = read_log(Path(run))
             [(record["epoch"], record["loss"], record["accuracy"]["class"]) for record in logs[name]]
         except (ValueError, TypeError, LookupError) as error:
             raise UserError(f"{run}/log.jsonl is not the log of a run") from error
@@ -422,9 +371,9 @@ def augmentations(arguments: Namespace) -> None:
     """
     if arguments.images:
         paths = list(image_paths(arguments.images))
-        files = [data.read_image(path).resize((224, 224)) for path in paths]
+        files = [read_image(path).resize((224, 224)) for path in paths]
         folders = [Path(path).absolute().parent.name for path in paths]
-        images, classes = torch.stack([data.to_tensor(file) for file in files]), sorted(set(folders))
+        images, classes = torch.stack([to_tensor(file) for file in files]), sorted(set(folders))
         labels = torch.tensor([classes.index(folder) for folder in folders])
     else:
         (images, labels), classes = shapes.draw_shapes("val", 10, 64), list(shapes.SHAPES)
@@ -463,7 +412,7 @@ def predict(arguments: Namespace) -> None:
     def read(path: str) -> tuple[Tensor, str]:
         """The crop uint8 (3, S, S), black if there is an error, and the error."""
         try:
-            return data.crop_file(data.read_image(path), network.img_size, None), ""
+            return crop_file(read_image(path), network.img_size, None), ""
         except UserError as error:
             return torch.zeros(3, network.img_size, network.img_size, dtype=torch.uint8), str(error)
 

@@ -19,21 +19,13 @@ from torch import Tensor, nn
 
 import networks
 import settings
-from checkpoint import OFFICIAL, holds_run, lock_run, resumed_settings
+from checkpoint import OFFICIAL
 from data import DataSet, load_data, open_split
 from launch import UserError, init, print0, run_program, user_errors, world_size
 from model import SIZES, DeiT, check_fit, load_weights
+from runs import accuracy_line, holds_run, introduce, lock_run, report, resumed_settings
 from settings import Parser, Settings, build_parser, check, complete, flag_of, setting
-from train import (
-    accuracy_line,
-    build_network,
-    evaluate,
-    fit_batch_size,
-    introduce,
-    load_teacher,
-    report,
-    train,
-)
+from train import build_network, evaluate, fit_batch_size, load_teacher, train
 
 # What --train lets learn: parameters with one of these in their names. With the attention go the position
 # embeddings, which may just have been resized; they also move the tokens they are added to.

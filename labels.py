@@ -40,9 +40,8 @@ class RememberedLabels:
         deciding = [getattr(s, name) for name in DECIDING]
         deciding += [train_set.fingerprint, origin["teacher_hash"], device.type, rank(), world_size()]
         deciding += [torch.__version__, np.__version__]  # other versions may draw otherwise, or an edit
-        deciding += [
-            hash_of(Path(__file__).with_name(name).read_bytes()) for name in ("augment.py", "data.py")
-        ]
+        program = [Path(__file__).with_name(f"{name}.py") for name in ("augment", "image_files", "data")]
+        deciding += [hash_of(path.read_bytes()) for path in program]
         path = Path(s.out).parent / f"labels-{hash_of(deciding)}"
 
         steps = s.epochs * steps_per_epoch(train_set, s)

@@ -12,8 +12,8 @@ from PIL import Image, ImageDraw, ImageFont, ImageOps
 from torch import Tensor
 
 import augment
-from data import crop_file
 from distill import Teacher
+from image_files import crop_file
 from launch import UserError, printable
 from model import DeiT
 

@@ -50,6 +50,8 @@ import finetune
 import launch
 import networks
 import pictures
+import runs
+import speed
 import train
 from checkpoint import read_checkpoint
 from data import ArraySet, FolderSet, crop_file, read_image, train_batches
@@ -216,7 +218,7 @@ def same_run(one, two):
     Only the times in their logs differ, as those of one computation on two days do.
     """
     first, second = saved(one), saved(two)
-    logs = [checkpoint.read_log(Path(out)) for out in (one, two)]
+    logs = [runs.read_log(Path(out)) for out in (one, two)]
     for log in (*logs, first["progress"]["log"], second["progress"]["log"]):
         assert all(
             0 <= record.pop("seconds") < 300 and record.pop("images_per_second") >= 0 for record in log
@@ -1304,7 +1306,7 @@ def test_what_is_frozen_stays_to_the_last_bit(tmp_path, monkeypatch, trained, pa
     for after in (tuned["model"], tuned["model_ema"]):
         changed = {key for key, value in before.items() if not torch.equal(value, after[key])}
         assert changed == {key for key in before if re.search(pattern, key)}
-    losses = [record["loss"] for record in checkpoint.read_log(Path("tuned"))]
+    losses = [record["loss"] for record in runs.read_log(Path("tuned"))]
     assert losses[-1] < losses[0]
 
 
@@ -1388,7 +1390,7 @@ def test_evaluate_repeats_the_accuracy_that_training_ended_with(tmp_path, monkey
     words = QUICK | {"data": "folder", "data_path": tmp_path / "data", "limit": 11, "batch_size": 4}
     words |= {"distill": "label", "skip_broken": True, "workers": 0, "out": tmp_path / "run"}
     assert run_train(monkeypatch, *flags(words)) == 0
-    ended = checkpoint.read_log(tmp_path / "run")[-1]["accuracy"]
+    ended = runs.read_log(tmp_path / "run")[-1]["accuracy"]
     assert f"are left out, such as {tmp_path}/data/{split}/bee/3.png\n" in capsys.readouterr().out
     for word, run in (("accuracy", "run"), ("compare", "run/last.pth")):  # a run's folder is its checkpoint
         assert run_evaluate(monkeypatch, word, tmp_path / run, "--device", "cpu") == 0
@@ -1480,7 +1482,7 @@ def test_flops_are_those_of_the_matrix_products():
     for name, giga in (("resnet18", 1.814), ("vit_b_32", 4.409)):  # multiply-adds at 224, torchvision's table
         with torch.device("meta"):
             network = torchvision.models.get_model(name)
-        assert measure.count_flops(network, 224) == pytest.approx(2e9 * giga, rel=0.01)
+        assert speed.count_flops(network, 224) == pytest.approx(2e9 * giga, rel=0.01)
     with torch.device("meta"):
         network = create_model("small", distilled=True)
 
@@ -1488,18 +1490,18 @@ def test_flops_are_those_of_the_matrix_products():
         return 2 * 384**2 * (3 * 198 + 9 * queries) + 2 * 2 * queries * 198 * 384
 
     products = 2 * 196 * 768 * 384 + 11 * block(198) + block(2) + 2 * 2 * 384 * 1000
-    assert measure.count_flops(network, 224) == products
+    assert speed.count_flops(network, 224) == products
 
 
 @pytest.mark.parametrize("model", ["tiny", "resnet18"])
 def test_throughput_tells_rates_and_the_share_of_the_peak(monkeypatch, output, model):
     timed = []
-    monkeypatch.setattr(measure, "seconds", lambda act, runs, _: act() and 0 or timed.append(runs) or 0.5)
-    monkeypatch.setattr(measure, "matmul_peak", lambda dtype, device: (1e10, 1024))
+    monkeypatch.setattr(speed, "seconds", lambda act, runs, _: act() and 0 or timed.append(runs) or 0.5)
+    monkeypatch.setattr(speed, "matmul_peak", lambda dtype, device: (1e10, 1024))
     words = {"model": model, "img_size": 32, "batch_size": 4, "runs": 7, "device": "cpu"}
     *_, inference, training, augmentation = output(run_evaluate, "throughput", *flags(words)).splitlines()
     assert timed == [7, 7, 7]
-    flops = measure.count_flops(build_network(Settings(model=model, img_size=32), 1000), 32)
+    flops = speed.count_flops(build_network(Settings(model=model, img_size=32), 1000), 32)
     for line, cost in ((inference, flops), (training, 3 * flops)):
         assert "  8.0 images/s, batch 4, mean of 7 runs" in line
         assert f"{8 * cost / 1e12:.3g} TFLOP/s, {100 * 8 * cost / 1e10:.1f} % of the peak" in line
@@ -1545,7 +1547,7 @@ def test_mixed_precision_trains_with_clipping_accumulation_and_average(tmp_path,
     assert bool(contents["scaler"]) == (precision == "fp16")
     weights = contents["model"].values()
     assert all(value.dtype == torch.float32 and value.isfinite().all() for value in weights)
-    assert checkpoint.read_log(tmp_path / "run")[-1]["loss"] < 2.5
+    assert runs.read_log(tmp_path / "run")[-1]["loss"] < 2.5
 
 
 @pytest.mark.parametrize("precision", ["fp32", "fp16"])
@@ -1579,10 +1581,10 @@ def test_accumulated_parts_and_two_processes_give_the_steps_of_the_whole_batch(t
         (first, one), (second, two) = told
         assert first == second
         assert len({*one, *two}) == 2 * 9 * parts * 2  # each part of a step draws for itself
-    whole, record = saved(tmp_path / "whole"), checkpoint.read_log(tmp_path / "whole")[-1]
+    whole, record = saved(tmp_path / "whole"), runs.read_log(tmp_path / "whole")[-1]
     for out in ("parts", "two", "both"):
         torch.testing.assert_close(saved(tmp_path / out)["model"], whole["model"], rtol=1e-3, atol=4e-4)
-        ended = checkpoint.read_log(tmp_path / out)[-1]
+        ended = runs.read_log(tmp_path / out)[-1]
         assert ended["loss"] == pytest.approx(record["loss"], rel=1e-4)
         assert ended["accuracy"] == pytest.approx(record["accuracy"], abs=0.01)  # of 55 images, an odd number
 
@@ -1606,7 +1608,7 @@ def test_progress_tells_rate_and_time_left_from_the_end_of_the_first_step_on(mon
 def test_the_first_commands_teacher_learns_whatever_the_seed(tmp_path, monkeypatch, seed):
     words = {"model": "vgg8", "seed": seed, "limit": 2000, "img_size": 16, "out": tmp_path / "run"}
     assert run_train(monkeypatch, *flags(words)) == 0
-    assert checkpoint.read_log(tmp_path / "run")[1]["accuracy"]["class"] > 50  # at four times the rate 17
+    assert runs.read_log(tmp_path / "run")[1]["accuracy"]["class"] > 50  # at four times the rate 17
 
 
 def test_a_teacher_that_knows_no_more_than_the_largest_class_is_refused(tmp_path, monkeypatch, output):
@@ -1627,7 +1629,7 @@ def test_an_epochs_line_says_what_the_log_keeps(tmp_path, output):
     lines = [
         f"epoch {record['epoch']}/2  loss {record['loss']:.3f}  val class "
         f"{record['accuracy']['class']:.2f} %\n"
-        for record in checkpoint.read_log(tmp_path / "run")
+        for record in runs.read_log(tmp_path / "run")
     ]
     assert len(lines) == 2 and "".join(lines) in told
 
@@ -2175,18 +2177,18 @@ def test_a_run_goes_on_with_its_own_settings_or_is_written_over_when_told_to(tmp
     kept = json.loads((tmp_path / "run/settings.json").read_text())
     assert kept.items() >= (own | {"seed": 1} | changed).items()
     assert saved(tmp_path / "run")["settings"]["seed"] == 1 and last.read_bytes() != before
-    assert len(checkpoint.read_log(tmp_path / "run")) == 1
+    assert len(runs.read_log(tmp_path / "run")) == 1
 
 
 def test_a_resumed_run_may_have_other_values_of_these_settings_alone(tmp_path):
     s = finetune.FinetuneSettings(out=str(tmp_path))
-    checkpoint.save_settings(s)
+    runs.save_settings(s)
     taken = set()
     for name, value in vars(s).items():
         other = "cpu" if isinstance(value, str) else not value if isinstance(value, bool) else value + 1
         with contextlib.suppress(UserError):
             given = {"resume": True} | {name: other}
-            found = checkpoint.resumed_settings(given, str(tmp_path), finetune.FinetuneSettings)
+            found = runs.resumed_settings(given, str(tmp_path), finetune.FinetuneSettings)
             assert getattr(found, name) == other
             taken.add(name)
     free = {"out", "data_path", "device", "workers", "compile", "resume", "overwrite", "save_every"}
@@ -2201,7 +2203,7 @@ def test_the_best_checkpoint_is_the_epochs_with_the_highest_fused_accuracy(tmp_p
     words = QUICK | {"distill": "label", "warmup_epochs": 1.5, "out": tmp_path / "run"}
     assert run_train(monkeypatch, *flags(words)) == 0
     assert saved(tmp_path / "run", "best.pth")["progress"]["step"] == 6
-    log, peak = checkpoint.read_log(tmp_path / "run"), 3e-3 * 16 / 512
+    log, peak = runs.read_log(tmp_path / "run"), 3e-3 * 16 / 512
     assert [record["accuracy"]["fused"] for record in log] == [40, 60, 50]
     cosine = [1e-5 + (peak - 1e-5) * (1 + math.cos(math.pi * step / 9)) / 2 for step in (5, 8)]
     rates = [1e-6 + (peak - 1e-6) * 2 / 4, *cosine]  # of each epoch's last step
@@ -2253,7 +2255,7 @@ def test_a_signal_is_answered_within_a_step_and_another_number_of_processes_may_
     assert saved(tmp_path / "run")["progress"]["step"] == 4
     words = ["--out", tmp_path / "run", "--resume", "--accumulate", "1"]
     fork_two(run_with, words)
-    assert len(checkpoint.read_log(tmp_path / "run")) == 3
+    assert len(runs.read_log(tmp_path / "run")) == 3
 
 
 def multiply_loss(monkeypatch, call, factor):
@@ -2365,7 +2367,7 @@ def test_an_epoch_is_saved_once_and_the_best_has_no_optimizer(tmp_path, monkeypa
         written[path.name] += 1
         plain(path, *arguments, **options)
 
-    monkeypatch.setattr("checkpoint.atomic_save", counted)
+    monkeypatch.setattr("runs.atomic_save", counted)
     monkeypatch.setattr("train.evaluate", lambda *_: {"class": 10.0})
     assert run_train(monkeypatch, *flags(QUICK | {"out": tmp_path / "run"})) == 0
     assert written == {"settings.json": 1, "last.pth": 3, "best.pth": 1, "log.jsonl": 3}
@@ -2607,7 +2609,7 @@ def test_a_loss_or_a_weight_that_is_not_finite_ends_the_run_and_is_never_saved(t
 
 def hold_lock(out):
     """A program that trains in this directory, until it is killed."""
-    checkpoint.lock_run(out)
+    runs.lock_run(out)
     Path(out, "held").touch()
     time.sleep(60)
 
@@ -3135,7 +3137,7 @@ def test_the_python_that_takes_a_network_elsewhere_works_as_printed(tmp_path, mo
         output(run_finetune, *flags(words | {"checkpoint": file}))
     read = networks.load_network("ours.pth")[0]
     assert equal(read.state_dict(), model.state_dict())
-    assert checkpoint.read_log("runs/python")[-1]["accuracy"] == pytest.approx(names["accuracy"])
+    assert runs.read_log("runs/python")[-1]["accuracy"] == pytest.approx(names["accuracy"])
 
 
 def test_the_loop_augments_by_its_settings_and_gives_the_signals_back(tmp_path, monkeypatch, output):

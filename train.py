@@ -9,7 +9,6 @@ killed anywhere goes on with --resume; on one or two processes of a CPU it ends 
 
 import math
 import time
-from collections import Counter
 from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
@@ -20,16 +19,18 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
-import checkpoint
 import launch
 import networks
+import runs
 import settings
 from augment import Augment, keyed_generator, normalize
+from checkpoint import locate
 from data import DataSet, eval_batches, load_data, steps_per_epoch, train_batches
 from distill import LOSSES, Teacher
 from labels import RememberedLabels
 from launch import autocast, hash_of, print0, rank, world_size
 from model import SIZES, create_model, fuse
+from runs import accuracy_line, introduce, report, top1
 from settings import Settings
 
 # ---- Network, optimizer, schedule ----
@@ -122,16 +123,6 @@ def evaluate(network: nn.Module, data: DataSet, s: Settings, device: torch.devic
     return {name: 100 * count / seen for name, count in zip(names, right, strict=True)}
 
 
-def accuracy_line(accuracy: dict[str, float]) -> str:
-    """`class 71.20 %  distillation 73.15 %  fused 73.40 %`."""
-    return "  ".join(f"{head} {percent:.2f} %" for head, percent in accuracy.items())
-
-
-def top1(accuracy: dict[str, float]) -> float:
-    """The accuracy by which checkpoints are compared: the fused prediction's where there is one."""
-    return accuracy.get("fused", accuracy["class"])
-
-
 # ---- The loop ----
 
 
@@ -155,15 +146,15 @@ def train(
     scaler = torch.amp.GradScaler(device.type, enabled=s.precision == "fp16")
     used = {"classes": train_set.classes, "fingerprint": train_set.fingerprint}
     used |= teacher.origin if teacher else {}
-    run = checkpoint.Run(asdict(s) | used, per_epoch, network, optimizer, scaler, ema)
+    run = runs.Run(asdict(s) | used, per_epoch, network, optimizer, scaler, ema)
     step, log, loss_so_far = 0, [], 0.0
-    if s.resume and checkpoint.holds_run(s.out):
+    if s.resume and runs.holds_run(s.out):
         step, log, loss_so_far = run.load()
     else:
-        checkpoint.remove_run(s)
+        runs.remove_run(s)
     launch.check_equal("step to go on from", step)
     if len(log) < s.epochs:
-        checkpoint.save_settings(s)
+        runs.save_settings(s)
     # The sum of the epoch's losses in this process. In float64 the order of adding hardly matters.
     dtype = torch.float32 if device.type == "mps" else torch.float64
     loss_sum = torch.tensor(loss_so_far, device=device, dtype=dtype)
@@ -251,7 +242,7 @@ def teacher_settings(s: Settings, train_set: DataSet) -> Settings:
     given = {name: getattr(s, name) for name in shared} | {"model": s.teacher, "epochs": s.teacher_epochs}
     t = settings.complete(given | {"resume": True})
     t.batch_size = fit_batch_size(t.batch_size, len(train_set), world_size() * s.accumulate)
-    without = checkpoint.WITHOUT_EFFECT | {"precision"}
+    without = runs.WITHOUT_EFFECT | {"precision"}
     deciding = [(name, value) for name, value in asdict(t).items() if name not in without]
     name = f"teacher-{s.data}-{s.img_size}px-{s.teacher}-{hash_of(deciding, train_set.fingerprint)[:8]}"
     t.out = str(Path(s.out).parent / name)
@@ -261,11 +252,11 @@ def teacher_settings(s: Settings, train_set: DataSet) -> Settings:
 def train_teacher(s: Settings, train_set: DataSet, val_set: DataSet, device: torch.device) -> str:
     """The checkpoint of a teacher of the same data: a run like any other, and one that has ended is read."""
     t = teacher_settings(s, train_set)
-    checkpoint.lock_run(s.out)
-    if not checkpoint.holds_run(s.out):
-        checkpoint.save_settings(s)  # --resume finds them if the teacher's training is stopped
-    if len(checkpoint.read_log(t.out)) < t.epochs:
-        checkpoint.lock_run(t.out)
+    runs.lock_run(s.out)
+    if not runs.holds_run(s.out):
+        runs.save_settings(s)  # --resume finds them if the teacher's training is stopped
+    if len(runs.read_log(t.out)) < t.epochs:
+        runs.lock_run(t.out)
     print0(f"teacher: a {t.model} of {t.epochs} epochs, in {t.out}")
     accuracy = top1(train(build_network(t, len(train_set.classes)), t, train_set, val_set, device))
     print0(f"teacher: {accuracy:.2f} % top-1")
@@ -291,7 +282,7 @@ def load_teacher(
         text = f"published knows ImageNet's 1000 classes; the data set has others: {classes[0]!r}"
         raise launch.UserError(text)
     weights = s.teacher_weights or train_teacher(s, train_set, val_set, device)
-    file = checkpoint.locate(networks.published_url(s.teacher) if weights == "published" else weights)
+    file = locate(networks.published_url(s.teacher) if weights == "published" else weights)
     origin = {"teacher_weights": str(weights), "teacher_hash": hash_of(file.read_bytes())}
 
     def load() -> Teacher:
@@ -310,40 +301,6 @@ def load_teacher(
 # ---- The program ----
 
 
-def introduce(
-    s: Settings, network: nn.Module, train_set: DataSet, val_set: DataSet, device: torch.device
-) -> None:
-    """Prints what is trained on what and how."""
-    names = f"{train_set.names} + {val_set.names}"
-    launch.check_equal("data set", f"{len(train_set)} + {len(val_set)} images ({names})")
-    print0(
-        f"{s.data}: {len(train_set)} training and {len(val_set)} validation images, "
-        f"{len(train_set.classes)} classes; {device} × {world_size()}, torch {torch.__version__}"
-    )
-    counts = Counter(torch.as_tensor(train_set.labels).tolist())
-    names = [f"{name} {counts[label]}" for label, name in enumerate(train_set.classes)]
-    print0(f"  {', '.join(names[:10])}{f' and {len(names) - 10} more' if len(names) > 10 else ''}")
-    settings.describe(s)
-    size, peak = sum(p.numel() for p in network.parameters()), s.lr * s.batch_size / 512
-    per_epoch = steps_per_epoch(train_set, s)
-    print0(
-        f"{size:,} parameters, {s.epochs * per_epoch} steps, learning rate {peak:.3g}; the run is in {s.out}"
-    )
-    if s.ema and (memory := round(1 / (1 - s.ema))) > s.epochs * per_epoch:
-        text = f"--ema {s.ema} averages over {memory} steps, and the run has only {s.epochs * per_epoch}"
-        raise launch.UserError(f"{text}; try --ema {1 - 10 / (s.epochs * per_epoch):.3g}")
-
-
-def report(s: Settings, accuracy: dict[str, float], started: float, file: str = "last.pth") -> None:
-    """Prints what came out, where it is, and what to do next with a file of the run."""
-    minutes, begin = (time.monotonic() - started) / 60, "--resume" if s.resume else "the start"
-    best = max(checkpoint.read_log(s.out), key=lambda record: top1(record["accuracy"]))
-    best = f"best.pth (epoch {best['epoch']}, {top1(best['accuracy']):.2f} %)"
-    print0(f"\n{s.model} on {s.data}, {minutes:.1f} minutes after {begin}: {accuracy_line(accuracy)}")
-    print0(f"The run is in {s.out}: last.pth, {best}, log.jsonl, settings.json.")
-    print0(f"Next:  python evaluate.py accuracy {s.out}/{file}")
-
-
 ABOUT = """Trains a DeiT, or a convnet that teaches one, such as:  python train.py --model tiny --distill hard
 
 [Values in brackets] are those of bare `python train.py`, the recipe of shapes. Other data sets have other
@@ -359,7 +316,7 @@ def main() -> None:
     started = time.monotonic()
     given = vars(train_parser().parse_args())
     s = settings.complete(given)
-    resumed = checkpoint.resumed_settings(given, s.out)
+    resumed = runs.resumed_settings(given, s.out)
     s = resumed or s
     settings.check(s, given)
     networks.check_networks(s)
@@ -370,7 +327,7 @@ def main() -> None:
     network = build_network(s, len(train_set.classes))
     introduce(s, network, train_set, val_set, device)
     teacher = load_teacher(s, train_set, val_set, device) if s.needs_teacher else None
-    checkpoint.lock_run(s.out)
+    runs.lock_run(s.out)
     accuracy = train(network, s, train_set, val_set, device, teacher)
     report(s, accuracy, started)
 
