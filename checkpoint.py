@@ -1,7 +1,6 @@
-"""Files that hold weights or runs. A first reading can skip this file.
+"""Files that hold weights: finding, reading, writing. A first reading can skip this file.
 
-A checkpoint is read without running any code in it. A run's directory has `last.pth`, `best.pth`, `log.jsonl`
-(one line an epoch) and `settings.json`. A file gets its name when it is whole: no kill leaves half of one.
+A checkpoint is read without running any code in it. It gets its name when it is whole: no kill leaves half.
 """
 
 import os
@@ -16,10 +15,9 @@ import torch
 import torchvision
 from torch import Tensor
 
+import devices
 import launch
 from launch import UserError, rank
-
-# ---- Files ----
 
 # The authors' ImageNet checkpoints, by short name. A file's name ends in the first digits of its SHA-256.
 OFFICIAL = {
@@ -55,7 +53,7 @@ def download(url: str) -> Path:
     path = Path(torch.hub.get_dir(), "checkpoints", "" if digits else launch.hash_of(url), name)
     path.parent.mkdir(parents=True, exist_ok=True)
     try:
-        launch.main_process_first(
+        devices.main_process_first(
             lambda: path.exists() or torch.hub.download_url_to_file(url, str(path), digits)
         )
     except (OSError, RuntimeError) as error:  # no such address, no network, or another hash
@@ -79,6 +77,25 @@ def checkpoint_weights(contents: dict) -> dict[str, Tensor]:
     keys = ("model_ema", "state_dict_ema", "model", "state_dict")
     state = next((contents[key] for key in keys if contents.get(key)), contents)
     return {re.sub(r"^(module\.|_orig_mod\.)+", "", key): value for key, value in state.items()}
+
+
+# The paper's teacher, regnety_160-a5fe301d.pth, names its modules otherwise: (its pattern, torchvision's).
+PAPER_LAYOUT = (
+    (r"^s(\d)\.b(\d+)", lambda m: f"trunk_output.block{m[1]}.block{m[1]}-{int(m[2]) - 1}"),
+    (r"\.conv(\d)", lambda m: f".f.{'abc'[int(m[1]) - 1]}"),
+    (r"\.se\.", ".f.se."),
+    (r"\.downsample", ".proj"),
+    (r"\.conv\.", ".0."),
+    (r"\.bn\.", ".1."),
+    (r"^head\.fc", "fc"),
+)
+
+
+def torchvision_layout(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """A RegNetY's weights with torchvision's names, whichever of the two layouts they come in."""
+    for pattern, replacement in PAPER_LAYOUT if "stem.conv.weight" in state else ():
+        state = {re.sub(pattern, replacement, key): value for key, value in state.items()}
+    return state
 
 
 # What others' checkpoints hold beside weights: the flags of a training, paths, numbers of numpy. None is on

@@ -23,8 +23,9 @@ from torch.utils.data import DataLoader, get_worker_info
 
 import augment
 from augment import center_crop, keyed_generator, random_crop, to_device
+from devices import all_gather, main_process_first
 from image_files import HIDDEN, crop_file, find_images, read_image, to_tensor
-from launch import STOP_SIGNALS, UserError, all_gather, hash_of, main_process_first, print0, rank, world_size
+from launch import STOP_SIGNALS, UserError, hash_of, print0, rank, world_size
 from settings import Settings
 from shapes import SHAPES, draw_shapes
 

@@ -34,17 +34,19 @@ from torch import Tensor, nn
 
 import augment
 import data
+import devices
 import launch
 import networks
 import pictures
 import shapes
 import speed
 from distill import Teacher
+from flags import Parser
 from image_files import crop_file, find_images, read_image, to_tensor
 from launch import UserError, print0, printable
 from model import DeiT, fuse
 from runs import accuracy_line, from_saved, read_log
-from settings import COUNT, DEVICES, PIXELS, PRECISIONS, RECIPES, Parser, Settings, complete
+from settings import COUNT, DEVICES, PIXELS, PRECISIONS, RECIPES, Settings, complete
 from train import HEADS, build_network, predictions
 
 # ---- Any network, and any validation set to look at it on ----
@@ -115,7 +117,7 @@ def top_classes(network: nn.Module, val_set: data.DataSet, s: Settings, device: 
     indices = list(range(launch.rank(), len(val_set), launch.world_size()))
     if isinstance(val_set, data.FolderSet):
         indices = [index for index in indices if val_set.paths[index] not in val_set.broken]
-    shares = [share for share in launch.all_gather((indices, batches)) if share[1]]
+    shares = [share for share in devices.all_gather((indices, batches)) if share[1]]
     indices = torch.tensor([index for part, _ in shares for index in part])
     order = indices.argsort()
     top, probability = zip(*(batch for _, part in shares for batch in part), strict=True)
@@ -264,7 +266,7 @@ def tokens(arguments: Namespace) -> None:
             for layer, block in enumerate(network.blocks, start=1):
                 x = block(x)
                 sums[layer] += F.cosine_similarity(x[:, 0], x[:, 1], dim=-1).sum()
-        count, *sums = launch.all_reduce(sums).tolist()
+        count, *sums = devices.all_reduce(sums).tolist()
         cosines = " ".join(f"{total / count:.3f}" for total in sums)
         print0(f"{source}: the two parameters {parameters:.3f}; after each layer\n  {cosines}")
 
@@ -290,7 +292,7 @@ def throughput(arguments: Namespace) -> None:
     flops, weights = speed.count_flops(network, size), sum(p.numel() for p in network.parameters()) / 1e6
     print(f"{s.model} at {size} pixels: {weights:.1f} M parameters, {flops / 1e9:.2f} GFLOP an image")
     name = torch.cuda.get_device_name() if device.type == "cuda" else f"{torch.get_num_threads()} threads"
-    dtype = launch.DTYPES[s.precision]
+    dtype = devices.DTYPES[s.precision]
     print(f"{str(dtype).removeprefix('torch.')} on {device} ({name}), torch {torch.__version__}")
     peak, side = speed.matmul_peak(dtype, device)
     print(f"peak          {peak / 1e12:.3g} TFLOP/s, the best of 5 products of {side} × {side} matrices")
@@ -419,7 +421,7 @@ def predict(arguments: Namespace) -> None:
     # who feeds paths through a pipe gets each answer at once
     while batch := list(itertools.islice(paths, 1 if "-" in arguments.images else 64)):
         crops, errors = zip(*map(read, batch), strict=True)
-        with launch.autocast(arguments.precision, arguments.device):
+        with devices.autocast(arguments.precision, arguments.device):
             outputs = network(augment.normalize(torch.stack(crops).to(arguments.device)))
         heads = [outputs] if isinstance(outputs, Tensor) else [*outputs, outputs]
         probabilities = [fuse(head).cpu() for head in heads]  # heads × (B, C)
@@ -521,7 +523,7 @@ def main() -> None:
         raise UserError("--val names the validation images itself; leave out --data and --data-path")
     if launch.world_size() > 1 and arguments.function not in (accuracy, compare, tokens):
         raise UserError("this command is for one process; start it with python instead of torchrun")
-    arguments.device = launch.init(arguments.device)
+    arguments.device = devices.init(arguments.device)
     arguments.precision = launch.choose_precision(arguments.precision, arguments.device.type)
     arguments.function(arguments)
 

@@ -21,11 +21,13 @@ import networks
 import settings
 from checkpoint import OFFICIAL
 from data import DataSet, load_data, open_split
-from launch import UserError, init, print0, run_program, user_errors, world_size
+from devices import init
+from flags import Parser, build_parser, check, flag_of
+from launch import UserError, print0, run_program, user_errors, world_size
 from model import SIZES, DeiT, check_fit, load_weights
 from runs import accuracy_line, holds_run, introduce, lock_run, report, resumed_settings
-from settings import Parser, Settings, build_parser, check, complete, flag_of, setting
-from train import build_network, evaluate, fit_batch_size, load_teacher, train
+from settings import Settings, complete, setting
+from train import build_network, evaluate, load_teacher, train
 
 # What --train lets learn: parameters with one of these in their names. With the attention go the position
 # embeddings, which may just have been resized; they also move the tokens they are added to.
@@ -48,22 +50,6 @@ class FinetuneSettings(Settings):
 # fmt: on
 
 
-# Table 7 has both optimizers. The rates are per 512 images.
-ADAMW = dict(optimizer="adamw", lr=5e-4, weight_decay=1e-8)
-SGD = dict(optimizer="sgd", lr=0.01, weight_decay=1e-4)
-CONVNET = dict(optimizer="sgd", lr=0.1, min_lr=0.0, weight_decay=5e-5, warmup_epochs=0.0)
-SHORT = dict(ADAMW, epochs=30, drop_path=0.0)
-# The authors' own, for ImageNet at 384 (section 6), at a constant learning rate, and for CIFAR and Cars
-RESOLUTION = dict(SHORT, img_size=384, batch_size=512, lr=5e-6, min_lr=5e-6, warmup_epochs=5.0)
-TRANSFER = dict(SGD, epochs=1000, batch_size=768, drop_path=0.0, erasing=0.0, repeats=3)
-RECIPES = {  # --recipe short by what learns, --recipe paper by what for; a convnet's has CONVNET on top
-    "all": SHORT,
-    "head": dict(SHORT, lr=0.05),  # fewer weights want larger steps (results/head.md)
-    "attention": dict(SHORT, lr=5e-3),
-    "resolution": RESOLUTION,
-    "transfer": TRANSFER,
-}
-
 # What a fine-tuned network has from the run it starts from, and what only on that run's own data
 KEPT = ("model", "patch_size", "depth", "augment", "mixup", "cutmix", "erasing", "repeats", "smoothing")
 KEPT_ON_ITS_DATA = ("distill", "no_distill_token", "teacher", "teacher_weights", "tau", "lam", "limit")
@@ -73,7 +59,7 @@ ABOUT = """Fine-tunes a trained network, at a higher resolution or on other pict
 
 [Values in brackets] are --recipe short's. --recipe paper is, on the checkpoint's own data, {};
 on other data, {}."""
-SHOWN = asdict(Settings()) | SHORT
+SHOWN = asdict(FinetuneSettings()) | settings.SHORT
 SHOWN |= dict.fromkeys(("data", "data_path", *KEPT, *KEPT_ON_ITS_DATA), "the checkpoint's")
 SHOWN |= {
     "img_size": "the checkpoint's; on the checkpoint's own data 1.5 times that, in whole patches",
@@ -84,13 +70,12 @@ SHOWN |= {
     "lr": "0.0005; 0.05 for --train head, 0.005 for --train attention",
     "batch_size": "as in train.py",
     "recipe": "paper on ImageNet's own classes, else short",
-    "trainable": "all",
 }
 
 
 def finetune_parser() -> Parser:
     """The flags of train.py with fine-tuning's own defaults, and three more."""
-    listed = (", ".join(f"{k} {v}" for k, v in recipe.items()) for recipe in (RESOLUTION, TRANSFER))
+    listed = [", ".join(f"{k} {v}" for k, v in r.items()) for r in (settings.RESOLUTION, settings.TRANSFER)]
     return build_parser("finetune.py", ABOUT.format(*listed), SHOWN, FinetuneSettings)
 
 
@@ -108,9 +93,9 @@ def finetune_settings(given: dict, saved: dict) -> FinetuneSettings:
     name = given.get("recipe", "paper" if same and data == "imagenet" else "short")
     entry = ("resolution" if same else "transfer") if name == "paper" else given.get("trainable", "all")
     convnet = saved["model"] not in SIZES
-    recipe = RECIPES[entry] | (CONVNET if convnet else {})
+    recipe = settings.FINETUNING[entry] | (settings.FINETUNED_CONVNET if convnet else {})
     if given.get("optimizer", recipe["optimizer"]) != recipe["optimizer"]:
-        recipe |= ADAMW if given["optimizer"] == "adamw" else SGD
+        recipe |= settings.ADAMW if given["optimizer"] == "adamw" else settings.SGD
     if name == "short" and data == "shapes":
         recipe["epochs"] = 2
     if "epochs" in given:  # the recipe's warm-up is for its own epochs
@@ -141,10 +126,7 @@ def finetune_settings(given: dict, saved: dict) -> FinetuneSettings:
 
 
 def adapt(state: dict[str, Tensor], network: nn.Module, keep_heads: bool) -> list[str]:
-    """Loads weights that may lack the network's distillation token, or have one too many, or other classes.
-
-    Returns what was done to them, in words.
-    """
+    """Loads weights that may have a distillation token less or more, or other classes; says what was done."""
     fresh, state, done = network.state_dict(), dict(state), []
     heads = "head" if isinstance(network, DeiT) else list(fresh)[-1].removesuffix("bias")
     if isinstance(network, DeiT) and network.distilled and "dist_token" not in state:
@@ -212,7 +194,7 @@ def main() -> None:
     device = init(s.device)
     train_set, val_set = load_data(s, device)
     if "batch_size" not in given and not resumed:
-        s.batch_size = fit_batch_size(s.batch_size, len(train_set), world_size() * s.accumulate)
+        s.batch_size = settings.fit_batch_size(s.batch_size, len(train_set), world_size() * s.accumulate)
     network = build_network(s, len(train_set.classes))
     for name, parameter in network.named_parameters():
         parameter.requires_grad_(any(part in name for part in TRAINED[s.trainable]))

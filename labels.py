@@ -18,8 +18,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from data import DataSet, steps_per_epoch
+from devices import all_gather
 from distill import Teacher
-from launch import all_gather, hash_of, print0, rank, world_size
+from launch import hash_of, print0, rank, world_size
 from settings import Settings
 
 # What decides what a teacher sees and says, besides its weights, the data and the program

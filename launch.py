@@ -1,7 +1,7 @@
 """How a program starts, prints and stops. A first reading can skip this file.
 
-Devices and precision, the processes that torchrun started and what they tell each other, printing from one
-of them, signals to stop, and mistakes of the user, which end a program with one line and exit code 2.
+Which of torchrun's processes this is and what the machine offers, printing from one of them, signals to stop,
+and mistakes of the user, which end a program with one line and exit code 2.
 """
 
 import difflib
@@ -13,15 +13,13 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from datetime import timedelta
 from typing import NoReturn
 
 import numpy as np
 import torch
 import torch.distributed as dist
-from torch import Tensor
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
 # ---- Processes and devices ----
 
@@ -45,24 +43,6 @@ def device_type(name: str) -> str:
     return name
 
 
-def init(name: str) -> torch.device:
-    """The device called `name` (auto, cuda, mps or cpu), after joining the other processes, if any."""
-    name = device_type(name)
-    device, cuda = torch.device(name), name == "cuda"
-    if cuda:
-        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
-        if device.index >= torch.cuda.device_count():
-            raise UserError(f"this machine has {torch.cuda.device_count()} GPUs; lower --nproc_per_node")
-        torch.cuda.set_device(device)
-        torch.backends.cudnn.allow_tf32 = False  # --precision fp32 means it, in convolutions too
-        torch.backends.cudnn.benchmark = True  # shapes stay the same: the fastest convolution is looked for
-    if world_size() > 1:
-        hour = timedelta(hours=1)  # rank 0 may download that long
-        backend, device_id = ("nccl", device) if cuda else ("gloo", None)
-        dist.init_process_group(backend, timeout=hour, device_id=device_id)
-    return device
-
-
 def choose_precision(precision: str, device: str) -> str:
     """fp32, bf16 or fp16: what `auto` means on a type of device; any other precision is itself."""
     if precision != "auto":
@@ -81,57 +61,6 @@ def cpu_is_faster_in_bf16() -> bool:
     has = torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}
     avx512 = has.get("avx512_bf16") and "Intel" not in has.get("cpu_name", "")
     return bool(avx512 or has.get("amx_bf16") or has.get("bf16"))  # ARM calls it bf16
-
-
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-
-
-@contextmanager
-def autocast(precision: str, device: torch.device) -> Iterator[None]:
-    """The context in which a network computes its matrix products at this --precision."""
-    precision = choose_precision(precision, device.type)
-    if precision == "fp32":
-        yield
-        return
-    # On a CPU the backward of the fused attention is the slowest part of a step in bf16 (results/speed.md).
-    attention = sdpa_kernel(SDPBackend.MATH) if device.type == "cpu" else nullcontext()
-    with torch.autocast(device.type, DTYPES[precision]), attention:
-        yield
-
-
-def all_reduce(values: Tensor) -> Tensor:
-    """The sum of `values` over all processes, in place."""
-    if world_size() > 1:
-        dist.all_reduce(values)
-    return values
-
-
-def all_gather(value) -> list:
-    """The values, of any type, that all processes have, by rank; that of rank 0 is the first."""
-    values = [value] * world_size()
-    if world_size() > 1:
-        dist.all_gather_object(values, value)
-    return values
-
-
-def check_equal(what: str, value) -> None:
-    """Raises UserError unless all processes have the same value."""
-    for other, theirs in enumerate(all_gather(value)):
-        if theirs != value:
-            raise UserError(f"process {other} has another {what}: {theirs}, not {value}")
-
-
-def main_process_first(act: Callable):
-    """What act() returns: rank 0 calls it first, then one process of each other machine, then the rest.
-
-    So whoever comes later finds what was downloaded, on a disk that machines share or one of their own.
-    """
-    mine = 0 if rank() == 0 else 1 if os.environ.get("LOCAL_RANK") == "0" else 2
-    for turn in range(3):
-        if turn == mine:
-            result = act()
-        all_gather(None)  # waits for all
-    return result
 
 
 def hash_of(*values) -> str:
@@ -276,7 +205,7 @@ def run_program(main: Callable[[], None]) -> None:
     except (RuntimeError, MemoryError) as error:
         # A CPU says it one way, cuDNN by finding no engine for a convolution.
         if str(error).startswith("DataLoader worker (pid"):
-            end_program("error: a worker was killed, as for want of memory; lower --workers", 2)
+            end_program("error: a worker was killed, as for want of memory; lower --workers or --resume", 2)
         signs = any(text in str(error) for text in ("can't allocate memory", "unable to find an engine"))
         if not signs and not isinstance(error, MemoryError | torch.OutOfMemoryError):
             raise

@@ -7,7 +7,6 @@ the authors' checkpoints, torchvision's.
 
 import math
 import os
-import re
 from functools import cache
 
 import torch
@@ -16,7 +15,7 @@ from torch import Tensor, nn
 from torchvision.models.regnet import BlockParams, RegNet
 
 from augment import MEAN
-from checkpoint import OFFICIAL, checkpoint_weights, published_url, read_checkpoint
+from checkpoint import OFFICIAL, checkpoint_weights, published_url, read_checkpoint, torchvision_layout
 from launch import UserError, did_you_mean, print0, user_errors, world_size
 from model import SIZES, check_fit, create_model
 from settings import Settings
@@ -115,25 +114,6 @@ def check_classes(source: str, names: list[str] | None, classes: list[str]) -> N
         if there != here:
             text = f"{source} was trained on other classes than the student's: class {n} is"
             raise UserError(f"{text} {there!r} there and {here!r} here")
-
-
-# The paper's teacher, regnety_160-a5fe301d.pth, names its modules otherwise: (its pattern, torchvision's).
-PAPER_LAYOUT = (
-    (r"^s(\d)\.b(\d+)", lambda m: f"trunk_output.block{m[1]}.block{m[1]}-{int(m[2]) - 1}"),
-    (r"\.conv(\d)", lambda m: f".f.{'abc'[int(m[1]) - 1]}"),
-    (r"\.se\.", ".f.se."),
-    (r"\.downsample", ".proj"),
-    (r"\.conv\.", ".0."),
-    (r"\.bn\.", ".1."),
-    (r"^head\.fc", "fc"),
-)
-
-
-def torchvision_layout(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """A RegNetY's weights with torchvision's names, whichever of the two layouts they come in."""
-    for pattern, replacement in PAPER_LAYOUT if "stem.conv.weight" in state else ():
-        state = {re.sub(pattern, replacement, key): value for key, value in state.items()}
-    return state
 
 
 def num_blocks(state: dict[str, Tensor]) -> int:

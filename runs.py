@@ -14,12 +14,14 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+import devices
+import flags
 import launch
-import settings
 from checkpoint import atomic_save, read_checkpoint
 from data import DataSet, steps_per_epoch
+from flags import flag_of
 from launch import UserError, print0, rank, world_size
-from settings import Settings, flag_of
+from settings import Settings
 
 # ---- The directory ----
 
@@ -144,7 +146,7 @@ class Run:
 
     def save(self, step: int, log: list[dict], loss_sum: Tensor) -> None:
         """Writes last.pth if it is finite. `loss_sum` is the epoch's in this process; the mean is kept."""
-        loss_sum = launch.all_reduce(loss_sum.clone()) / world_size()
+        loss_sum = devices.all_reduce(loss_sum.clone()) / world_size()
         self.check_finite(step)
         progress = {"step": step, "log": log, "loss_sum": loss_sum.item(), "per_epoch": self.steps_per_epoch}
         self.write("last.pth", self.parts, progress)
@@ -198,7 +200,7 @@ def introduce(
 ) -> None:
     """Prints what is trained on what and how."""
     names = f"{train_set.names} + {val_set.names}"
-    launch.check_equal("data set", f"{len(train_set)} + {len(val_set)} images ({names})")
+    devices.check_equal("data set", f"{len(train_set)} + {len(val_set)} images ({names})")
     print0(
         f"{s.data}: {len(train_set)} training and {len(val_set)} validation images, "
         f"{len(train_set.classes)} classes; {device} × {world_size()}, torch {torch.__version__}"
@@ -206,7 +208,7 @@ def introduce(
     counts = Counter(torch.as_tensor(train_set.labels).tolist())
     names = [f"{name} {counts[label]}" for label, name in enumerate(train_set.classes)]
     print0(f"  {', '.join(names[:10])}{f' and {len(names) - 10} more' if len(names) > 10 else ''}")
-    settings.describe(s)
+    flags.describe(s)
     size, peak = sum(p.numel() for p in network.parameters()), s.lr * s.batch_size / 512
     per_epoch = steps_per_epoch(train_set, s)
     print0(

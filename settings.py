@@ -1,22 +1,19 @@
-"""Every setting with its default, range, unit and meaning; the recipes of the data sets; the flags.
+"""Every setting with its default, range, unit and meaning, and the recipes: any learning rate stands here.
 
 Each setting is a flag of train.py and finetune.py; its default is the paper's value for ImageNet (Table 9). A
 run has the flags given, over its recipe, over these defaults: `complete` puts them together, before anything
-else happens. Any learning rate stands in RECIPES, but those of fine-tuning, which finetune.py has.
+else happens.
 """
 
 import argparse
 import math
 import os
-import re
-import textwrap
-from collections.abc import Callable, Iterable
-from dataclasses import asdict, dataclass, field, fields
+from collections.abc import Callable
+from dataclasses import dataclass, field
 from os.path import expanduser
-from pathlib import Path
 from typing import NamedTuple
 
-from launch import UserError, choose_precision, device_type, did_you_mean, print0, world_size
+from launch import choose_precision, device_type, world_size
 
 
 class Distillation(NamedTuple):
@@ -97,6 +94,24 @@ RECIPES = {  # of a transformer, and of a convnet: a teacher
     "folder": (PICTURES, PICTURES_CONVNET),
     "shapes": (SHAPES, SHAPES_CONVNET),
 }
+
+# ---- Recipes of fine-tuning: what changes in the settings of the run that it starts from ----
+
+# Table 7 has both optimizers.
+ADAMW = dict(optimizer="adamw", lr=5e-4, weight_decay=1e-8)
+SGD = dict(optimizer="sgd", lr=0.01, weight_decay=1e-4)
+FINETUNED_CONVNET = dict(optimizer="sgd", lr=0.1, min_lr=0.0, weight_decay=5e-5, warmup_epochs=0.0)
+SHORT = dict(ADAMW, epochs=30, drop_path=0.0)
+# The authors' own, for ImageNet at 384 (section 6), at a constant learning rate, and for CIFAR and Cars
+RESOLUTION = dict(SHORT, img_size=384, batch_size=512, lr=5e-6, min_lr=5e-6, warmup_epochs=5.0)
+TRANSFER = dict(SGD, epochs=1000, batch_size=768, drop_path=0.0, erasing=0.0, repeats=3)
+FINETUNING = {  # --recipe short by what learns, --recipe paper by what for
+    "all": SHORT,
+    "head": dict(SHORT, lr=0.05),  # fewer weights want larger steps (results/head.md)
+    "attention": dict(SHORT, lr=5e-3),
+    "resolution": RESOLUTION,
+    "transfer": TRANSFER,
+}  # and on top, for a convnet, FINETUNED_CONVNET
 # fmt: on
 
 
@@ -211,97 +226,6 @@ def complete(given: dict, recipe: dict | None = None, kind: type = Settings):
     return s
 
 
-def check(s: Settings, given: Iterable[str] = ()) -> None:
-    """Refuses early what contradicts itself, and distillation flags among those `given` that play no part.
-
-    networks.py and data.py refuse what does not fit them.
-    """
-    distillation = {"teacher", "teacher_weights", "teacher_epochs", "tau", "lam", "no_distill_token"}
-    for name in sorted(distillation & set(given) & set(idle_settings(s))):
-        raise UserError(f"{flag_of(type(s), name)} plays no part in this run; leave it out")
-    parts = world_size() * s.accumulate
-    if s.batch_size % parts:
-        text = f"--batch-size {s.batch_size} does not divide into processes × --accumulate = {parts} parts"
-        raise UserError(f"{text}; try {math.ceil(s.batch_size / parts) * parts}")
-    if s.remember_labels and s.distill != "hard":
-        raise UserError("--remember-labels is for --distill hard alone, which needs only a teacher's labels")
-    if s.warmup_epochs >= s.epochs:
-        raise UserError(f"--warmup-epochs must be less than --epochs, {s.epochs}")
-    if s.distill == "label" and not s.distilled:
-        raise UserError("--distill label needs a transformer and no --no-distill-token")
-    for path in s.inputs if s.overwrite else ():
-        if Path(s.out).resolve() in Path(path).resolve().parents:
-            raise UserError(f"{path} is in --out, where --overwrite would remove it; choose another --out")
-    if s.data == "shapes" and s.data_path != Settings.data_path:
-        raise UserError("--data-path has no use for shapes; for pictures of your own add --data folder")
-
-
-# ---- Flags ----
-
-
-def flag_of(kind: type, name: str) -> str:
-    """The flag of a setting of this class."""
-    return kind.__dataclass_fields__[name].metadata["flag"] or "--" + name.replace("_", "-")
-
-
-class Parser(argparse.ArgumentParser):
-    """Mistakes on the command line become the one line that all other mistakes are."""
-
-    def error(self, message: str) -> None:
-        # argparse quotes a wrong choice and names a wrong flag, and then lists what there is
-        wrong = re.search(r"invalid choice: '(.*?)'|unrecognized arguments: ([\w-]+)", message)
-        known = [*self._option_string_actions, *re.findall(r"[\w-]+", message.partition("(")[2])]
-        hint = did_you_mean(wrong[1] or wrong[2], known) if wrong else ""
-        if re.search("unrecognized arguments: --(train|checkpoint|recipe)", message):
-            hint = "; it is a flag of finetune.py"
-        if "--local-rank" in message:
-            hint = "; start several processes with torchrun"
-        if "--data:" in message and wrong and os.path.isdir(wrong[1] or ""):
-            hint = f"; for pictures in a folder: --data folder --data-path {wrong[1]}"
-        raise UserError(f"{message}{hint}; see {self.prog} --help")
-
-
-def build_parser(prog: str, about: str, shown: dict, kind: type = Settings) -> Parser:
-    """The flags of a class of settings, its own first, each with its value in `shown`; `about` goes in front.
-
-    Only those given are parsed.
-    """
-    raw = dict(allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser = group = Parser(prog=prog, description=about, usage="%(prog)s [--FLAG VALUE ...]", **raw)
-    inherited = {one.name for one in fields(Settings)}
-    for one in sorted(fields(kind), key=lambda one: kind is not Settings and one.name in inherited):
-        allowed, text = one.metadata["allowed"], one.metadata["meaning"]
-        if one.metadata["group"]:
-            group = parser.add_argument_group(one.metadata["group"])
-        options = {"choices": allowed} if isinstance(allowed, tuple) else {"type": allowed}
-        if allowed is bool:
-            options = {"action": "store_true"}
-        elif shown.get(one.name, "") != "":
-            text += f" [{shown[one.name]}]"
-        group.add_argument(
-            flag_of(kind, one.name), dest=one.name, default=argparse.SUPPRESS, help=text, **options
-        )
-    return parser
-
-
-def idle_settings(s: Settings) -> list[str]:
-    """The settings that play no part in a run."""
-    parts = {
-        "teacher teacher_weights teacher_epochs remember_labels": s.needs_teacher,
-        "tau lam": s.distill == "soft",
-        "no_distill_token": DISTILLATION[s.distill].token and s.model in TRANSFORMERS,
-        "depth dropout drop_path": s.model in TRANSFORMERS,
-        "patch_size": {s.model, s.teacher if s.needs_teacher else ""} & set(TRANSFORMERS),
-        "warmup_lr": s.warmup_epochs,
-        "data_path skip_broken workers": s.data != "shapes",
-    }
-    return " ".join(names for names, part in parts.items() if not part).split()
-
-
-def describe(s: Settings) -> None:
-    """Prints the settings that play a part in a run; settings.json in its directory has all of them."""
-    idle = idle_settings(s)
-    shown = {flag_of(type(s), name)[2:]: value for name, value in asdict(s).items() if name not in idle}
-    text = "  ".join(f"{flag}={value}" for flag, value in shown.items())
-    options = dict(break_long_words=False, break_on_hyphens=False, initial_indent="  ")
-    print0(textwrap.fill(text, 110, subsequent_indent="  ", **options))
+def fit_batch_size(batch_size: int, images: int, parts: int) -> int:
+    """A batch of that size, or smaller so that an epoch has ten steps, but not below 8; in whole parts."""
+    return max(1, min(batch_size, max(images // 10, 8), images) // parts) * parts

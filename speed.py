@@ -13,7 +13,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 import augment
-import launch
+import devices
 from distill import label_loss
 from settings import Settings
 from train import build_optimizer
@@ -55,11 +55,11 @@ def timed_steps(network: nn.Module, s: Settings, images: Tensor) -> tuple[Callab
     policy, generator = augment.Augment(1000), augment.keyed_generator("throughput")
 
     def inference() -> None:
-        with torch.no_grad(), launch.autocast(s.precision, device):
+        with torch.no_grad(), devices.autocast(s.precision, device):
             model(inputs)
 
     def training() -> None:
-        with launch.autocast(s.precision, device):
+        with devices.autocast(s.precision, device):
             loss = label_loss(model(inputs), labels)
         scaler.scale(loss).backward()
         scaler.step(optimizer)

@@ -45,21 +45,23 @@ from torch.utils._pytree import tree_leaves
 import augment
 import checkpoint
 import data
+import devices
 import evaluate as measure
 import finetune
 import launch
 import networks
 import pictures
 import runs
+import settings
 import speed
 import train
-from checkpoint import read_checkpoint
+from checkpoint import read_checkpoint, torchvision_layout
 from data import ArraySet, FolderSet, crop_file, read_image, train_batches
 from distill import LOSSES, Teacher, hard_distillation_loss
 from labels import RememberedLabels
 from launch import UserError
 from model import SIZES, Attention, Block, DeiT, DropPath, attend, create_model, fuse, load_weights
-from networks import REGNETY, create_teacher, torchvision_layout
+from networks import REGNETY, create_teacher
 from settings import DISTILLATION, RECIPES, TRANSFORMERS, Settings, complete
 from shapes import SHAPES, draw_shape, draw_shapes
 from train import build_network
@@ -1533,7 +1535,7 @@ def test_bf16_on_a_cpu_leaves_out_the_fused_attention_which_is_slow_there():
     q = torch.randn(2, 3, 5, 64, requires_grad=True)
     expected = (q @ q.transpose(2, 3) / 8).softmax(dim=-1) @ q
     for precision in ("bf16", "fp32"):
-        with launch.autocast(precision, torch.device("cpu")):
+        with devices.autocast(precision, torch.device("cpu")):
             found = F.scaled_dot_product_attention(q, q, q)
         assert ("Flash" in found.grad_fn.name()) == (precision == "fp32"), found.grad_fn
         torch.testing.assert_close(found.float(), expected, rtol=0, atol=0.05)
@@ -2101,10 +2103,10 @@ def test_a_streamed_run_and_one_in_fp16_resume_bit_for_bit_too(tmp_path, more):
 def test_a_streamed_run_stops_for_a_signal_to_all_its_processes(tmp_path):
     write_folder(tmp_path / "data", [(300, 240), (200, 260)])
     words = QUICK | {"data": "folder", "data_path": tmp_path / "data", "epochs": 10_000, "workers": 2}
-    command = [sys.executable, "train.py", *flags(words | {"batch_size": 4, "out": tmp_path / "run"})]
+    command = [sys.executable, "train.py", *flags(words | {"batch_size": 1, "out": tmp_path / "run"})]
     run = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True)
-    while not (tmp_path / "run/last.pth").exists():
-        time.sleep(0.2)
+    while not (tmp_path / "run/log.jsonl").exists():  # the evaluation has ended; its workers took no signal
+        time.sleep(0.05)
         assert run.poll() is None
     os.killpg(run.pid, signal.SIGTERM)  # which reaches its workers too
     error = run.communicate(timeout=60)[1].decode()
@@ -2300,10 +2302,10 @@ def test_files_of_one_name_are_told_by_their_addresses_and_a_hash_in_a_name_coun
 @pytest.mark.parametrize(("rank", "local_rank", "turn"), [(0, 0, 0), (1, 1, 2), (2, 0, 1), (3, 1, 2)])
 def test_one_process_of_each_machine_downloads_and_rank_0_before_all(monkeypatch, rank, local_rank, turn):
     waits = []
-    monkeypatch.setattr(launch, "all_gather", waits.append)
+    monkeypatch.setattr(devices, "all_gather", waits.append)
     monkeypatch.setenv("RANK", str(rank))
     monkeypatch.setenv("LOCAL_RANK", str(local_rank))
-    assert launch.main_process_first(lambda: len(waits)) == turn and len(waits) == 3
+    assert devices.main_process_first(lambda: len(waits)) == turn and len(waits) == 3
 
 
 OTHERS = {  # what others write beside and around weights
@@ -2839,7 +2841,7 @@ def test_new_heads_of_a_convnet_are_its_last_layer_alone():
 
 
 def test_few_images_make_ten_steps_an_epoch_unless_a_batch_size_is_given(tmp_path, monkeypatch, output):
-    sizes = [train.fit_batch_size(64, *case) for case in ((5000, 1), (200, 1), (200, 3), (40, 1), (5, 1))]
+    sizes = [settings.fit_batch_size(64, *case) for case in ((5000, 1), (200, 1), (200, 3), (40, 1), (5, 1))]
     assert sizes == [64, 20, 18, 8, 5]
     assert complete({"accumulate": 3}).batch_size == 126  # the recipe's 128 in whole parts
     monkeypatch.chdir(write_folder(tmp_path / "pets", STREAMED))

@@ -19,6 +19,8 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
+import devices
+import flags
 import launch
 import networks
 import runs
@@ -26,19 +28,15 @@ import settings
 from augment import Augment, keyed_generator, normalize
 from checkpoint import locate
 from data import DataSet, eval_batches, load_data, steps_per_epoch, train_batches
+from devices import autocast
 from distill import LOSSES, Teacher
 from labels import RememberedLabels
-from launch import autocast, hash_of, print0, rank, world_size
+from launch import hash_of, print0, rank, world_size
 from model import SIZES, create_model, fuse
 from runs import accuracy_line, introduce, report, top1
 from settings import Settings
 
 # ---- Network, optimizer, schedule ----
-
-
-def fit_batch_size(batch_size: int, images: int, parts: int) -> int:
-    """A batch of that size, or smaller so that an epoch has ten steps, but not below 8; in whole parts."""
-    return max(1, min(batch_size, max(images // 10, 8), images) // parts) * parts
 
 
 def build_network(s: Settings, num_classes: int) -> nn.Module:
@@ -117,7 +115,7 @@ def evaluate(network: nn.Module, data: DataSet, s: Settings, device: torch.devic
     for labels, scores in predictions(network, data, s, device):
         counts[0] += len(labels)
         counts[1:] += torch.stack([(head.argmax(dim=1) == labels).sum() for head in scores])
-    seen, *right = launch.all_reduce(counts).tolist()
+    seen, *right = devices.all_reduce(counts).tolist()
     if seen == 0:
         raise launch.UserError("none of the validation images can be read")
     return {name: 100 * count / seen for name, count in zip(names, right, strict=True)}
@@ -152,7 +150,7 @@ def train(
         step, log, loss_so_far = run.load()
     else:
         runs.remove_run(s)
-    launch.check_equal("step to go on from", step)
+    devices.check_equal("step to go on from", step)
     if len(log) < s.epochs:
         runs.save_settings(s)
     # The sum of the epoch's losses in this process. In float64 the order of adding hardly matters.
@@ -213,7 +211,7 @@ def train(
         run.save(step, log, loss_sum)  # a run that is killed in its evaluation then only evaluates again
         accuracy = evaluate(ema.module if ema else network, val_set, s, device)
         best = top1(accuracy) > max((top1(record["accuracy"]) for record in log), default=-1)
-        loss = launch.all_reduce(loss_sum).item() / world_size() / per_epoch
+        loss = devices.all_reduce(loss_sum).item() / world_size() / per_epoch
         lr = learning_rate(step - 1, steps, warmup, s)
         record = {"epoch": epoch + 1, "step": step, "lr": lr, "loss": loss, "accuracy": accuracy}
         record |= {"seconds": round(time.monotonic() - started, 1), "images_per_second": round(rate, 1)}
@@ -221,7 +219,7 @@ def train(
         run.end_epoch(step, log, best)
         loss_sum.zero_()
         print0(f"epoch {epoch + 1}/{s.epochs}  loss {loss:.3f}  val {accuracy_line(accuracy)}")
-        if broken := set().union(*launch.all_gather(train_set.broken | val_set.broken)):
+        if broken := set().union(*devices.all_gather(train_set.broken | val_set.broken)):
             print0(f"{len(broken)} image files cannot be read so far and are left out, such as {min(broken)}")
         signals.end_if_asked(step, steps)  # one that came during the evaluation
     signals.restore()
@@ -241,7 +239,7 @@ def teacher_settings(s: Settings, train_set: DataSet) -> Settings:
     shared += ["precision", "device", "workers", "compile", "accumulate", "save_every"]
     given = {name: getattr(s, name) for name in shared} | {"model": s.teacher, "epochs": s.teacher_epochs}
     t = settings.complete(given | {"resume": True})
-    t.batch_size = fit_batch_size(t.batch_size, len(train_set), world_size() * s.accumulate)
+    t.batch_size = settings.fit_batch_size(t.batch_size, len(train_set), world_size() * s.accumulate)
     without = runs.WITHOUT_EFFECT | {"precision"}
     deciding = [(name, value) for name, value in asdict(t).items() if name not in without]
     name = f"teacher-{s.data}-{s.img_size}px-{s.teacher}-{hash_of(deciding, train_set.fingerprint)[:8]}"
@@ -307,9 +305,9 @@ ABOUT = """Trains a DeiT, or a convnet that teaches one, such as:  python train.
 recipes, which RECIPES in settings.py shows; --data imagenet has the paper's."""
 
 
-def train_parser() -> settings.Parser:
+def train_parser() -> flags.Parser:
     """The flags, and their values for bare `python train.py`."""
-    return settings.build_parser("train.py", ABOUT, asdict(settings.complete({})) | {"precision": "auto"})
+    return flags.build_parser("train.py", ABOUT, asdict(settings.complete({})) | {"precision": "auto"})
 
 
 def main() -> None:
@@ -318,12 +316,12 @@ def main() -> None:
     s = settings.complete(given)
     resumed = runs.resumed_settings(given, s.out)
     s = resumed or s
-    settings.check(s, given)
+    flags.check(s, given)
     networks.check_networks(s)
-    device = launch.init(s.device)
+    device = devices.init(s.device)
     train_set, val_set = load_data(s, device)
     if "batch_size" not in given and not resumed:
-        s.batch_size = fit_batch_size(s.batch_size, len(train_set), world_size() * s.accumulate)
+        s.batch_size = settings.fit_batch_size(s.batch_size, len(train_set), world_size() * s.accumulate)
     network = build_network(s, len(train_set.classes))
     introduce(s, network, train_set, val_set, device)
     teacher = load_teacher(s, train_set, val_set, device) if s.needs_teacher else None
