@@ -430,9 +430,8 @@ def predict(arguments: Namespace) -> None:
                 print(f"error: {printable(error)}", file=sys.stderr, flush=True)
                 failed = True
                 continue
-            top = {
-                head: most_probable(p, names, arguments.top) for head, p in zip(HEADS, image, strict=False)
-            }
+            by_head = zip(HEADS, image, strict=False)
+            top = {head: most_probable(p, names, arguments.top) for head, p in by_head}
             if arguments.json:
                 print(json.dumps({"image": path, "fused": top["class"]} | top), flush=True)
                 continue

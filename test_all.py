@@ -1285,7 +1285,7 @@ def test_imagenets_own_weights_keep_their_heads(tmp_path, monkeypatch, output):
     printed = output(run_finetune, *flags(words | {"checkpoint": "two.pth"}))
     s = Settings(data="imagenet", img_size=32, workers=0)
     before = train.evaluate(official, data.open_split(s, "val", CPU), s, CPU)
-    assert f"before, at 32 pixels: {train.accuracy_line(before)}\n" in printed
+    assert f"before, at 32 pixels: {runs.accuracy_line(before)}\n" in printed
     assert "two.pth: position embeddings are resized\nat the start, at 48 pixels: class" in printed
     words |= {"checkpoint": "three.pth", "out": "other"}
     refused = output(run_finetune, *flags(words), code=2)
@@ -1397,7 +1397,7 @@ def test_evaluate_repeats_the_accuracy_that_training_ended_with(tmp_path, monkey
     for word, run in (("accuracy", "run"), ("compare", "run/last.pth")):  # a run's folder is its checkpoint
         assert run_evaluate(monkeypatch, word, tmp_path / run, "--device", "cpu") == 0
     told = capsys.readouterr().out
-    assert f"  top-1  {train.accuracy_line(ended)}\n" in told
+    assert f"  top-1  {runs.accuracy_line(ended)}\n" in told
     if split == "train":  # without val a tenth of each class is held out, one image at least
         assert told.count(f"there is no {tmp_path}/data/val: 2 images are held out of training") == 2
         assert told.count("2 images of folder\n") == told.count("2 images of folder that") == 1

@@ -28,12 +28,10 @@ import settings
 from augment import Augment, keyed_generator, normalize
 from checkpoint import locate
 from data import DataSet, eval_batches, load_data, steps_per_epoch, train_batches
-from devices import autocast
 from distill import LOSSES, Teacher
 from labels import RememberedLabels
-from launch import hash_of, print0, rank, world_size
-from model import SIZES, create_model, fuse
-from runs import accuracy_line, introduce, report, top1
+from launch import print0, rank, world_size
+from model import create_model, fuse
 from settings import Settings
 
 # ---- Network, optimizer, schedule ----
@@ -42,7 +40,7 @@ from settings import Settings
 def build_network(s: Settings, num_classes: int) -> nn.Module:
     """The network to train, with fresh weights that depend on the seed alone."""
     torch.manual_seed(s.seed)
-    if s.model not in SIZES:
+    if s.model not in settings.TRANSFORMERS:
         return networks.create_convnet(s.model, num_classes, s.img_size)
     names = ("img_size", "patch_size", "depth", "distilled", "dropout", "drop_path")
     return create_model(s.model, num_classes=num_classes, **{name: getattr(s, name) for name in names})
@@ -97,7 +95,7 @@ def predictions(
     """
     network.eval()
     for images, labels in eval_batches(data, s, device):
-        with autocast(s.precision, device):
+        with devices.autocast(s.precision, device):
             outputs = network(normalize(images))
         yield labels, [outputs] if isinstance(outputs, Tensor) else [*outputs, fuse(outputs)]
 
@@ -182,7 +180,7 @@ def train(
                 torch.manual_seed(keyed_generator("model", *key).initial_seed())  # dropout, stochastic depth
                 if world_size() > 1:  # gradients are averaged over the processes after the last part
                     model.require_backward_grad_sync = part == s.accumulate - 1
-                with autocast(s.precision, device):
+                with devices.autocast(s.precision, device):
                     # The teacher sees exactly the inputs that the student sees.
                     teacher_logits = teacher.logits(inputs, key) if teacher else None
                     outputs = model(inputs)
@@ -210,7 +208,7 @@ def train(
         rate = (step - first) * s.batch_size / (time.monotonic() - started)
         run.save(step, log, loss_sum)  # a run that is killed in its evaluation then only evaluates again
         accuracy = evaluate(ema.module if ema else network, val_set, s, device)
-        best = top1(accuracy) > max((top1(record["accuracy"]) for record in log), default=-1)
+        best = runs.top1(accuracy) > max((runs.top1(record["accuracy"]) for record in log), default=-1)
         loss = devices.all_reduce(loss_sum).item() / world_size() / per_epoch
         lr = learning_rate(step - 1, steps, warmup, s)
         record = {"epoch": epoch + 1, "step": step, "lr": lr, "loss": loss, "accuracy": accuracy}
@@ -218,7 +216,7 @@ def train(
         log.append(record)
         run.end_epoch(step, log, best)
         loss_sum.zero_()
-        print0(f"epoch {epoch + 1}/{s.epochs}  loss {loss:.3f}  val {accuracy_line(accuracy)}")
+        print0(f"epoch {epoch + 1}/{s.epochs}  loss {loss:.3f}  val {runs.accuracy_line(accuracy)}")
         if broken := set().union(*devices.all_gather(train_set.broken | val_set.broken)):
             print0(f"{len(broken)} image files cannot be read so far and are left out, such as {min(broken)}")
         signals.end_if_asked(step, steps)  # one that came during the evaluation
@@ -235,15 +233,15 @@ def teacher_settings(s: Settings, train_set: DataSet) -> Settings:
     Its directory stands beside the student's. Its name ends in a hash of all that decides what the teacher
     becomes, so that students of any settings and seeds share one, and other data never do.
     """
-    shared = ["data", "data_path", "limit", "img_size", *(["patch_size"] if s.teacher in SIZES else [])]
-    shared += ["precision", "device", "workers", "compile", "accumulate", "save_every"]
+    shared = ["data", "data_path", "limit", "img_size", "precision", "device", "workers", "compile"]
+    shared += ["accumulate", "save_every"] + ["patch_size"] * (s.teacher in settings.TRANSFORMERS)
     given = {name: getattr(s, name) for name in shared} | {"model": s.teacher, "epochs": s.teacher_epochs}
     t = settings.complete(given | {"resume": True})
     t.batch_size = settings.fit_batch_size(t.batch_size, len(train_set), world_size() * s.accumulate)
     without = runs.WITHOUT_EFFECT | {"precision"}
     deciding = [(name, value) for name, value in asdict(t).items() if name not in without]
-    name = f"teacher-{s.data}-{s.img_size}px-{s.teacher}-{hash_of(deciding, train_set.fingerprint)[:8]}"
-    t.out = str(Path(s.out).parent / name)
+    digits = launch.hash_of(deciding, train_set.fingerprint)[:8]
+    t.out = str(Path(s.out).parent / f"teacher-{s.data}-{s.img_size}px-{s.teacher}-{digits}")
     return t
 
 
@@ -256,7 +254,7 @@ def train_teacher(s: Settings, train_set: DataSet, val_set: DataSet, device: tor
     if len(runs.read_log(t.out)) < t.epochs:
         runs.lock_run(t.out)
     print0(f"teacher: a {t.model} of {t.epochs} epochs, in {t.out}")
-    accuracy = top1(train(build_network(t, len(train_set.classes)), t, train_set, val_set, device))
+    accuracy = runs.top1(train(build_network(t, len(train_set.classes)), t, train_set, val_set, device))
     print0(f"teacher: {accuracy:.2f} % top-1")
     check_teacher(accuracy, val_set)
     return f"{t.out}/last.pth"
@@ -277,11 +275,10 @@ def load_teacher(
     """The teacher in s.teacher_weights, on the device; it is trained first if there are none."""
     classes = train_set.classes
     if s.teacher_weights == "published" and not networks.is_imagenet(classes, len(classes)):
-        text = f"published knows ImageNet's 1000 classes; the data set has others: {classes[0]!r}"
-        raise launch.UserError(text)
+        raise launch.UserError(f"published knows ImageNet's classes; the data set has others: {classes[0]!r}")
     weights = s.teacher_weights or train_teacher(s, train_set, val_set, device)
     file = locate(networks.published_url(s.teacher) if weights == "published" else weights)
-    origin = {"teacher_weights": str(weights), "teacher_hash": hash_of(file.read_bytes())}
+    origin = {"teacher_weights": str(weights), "teacher_hash": launch.hash_of(file.read_bytes())}
 
     def load() -> Teacher:
         sizes = dict(img_size=s.img_size, patch_size=s.patch_size)
@@ -297,7 +294,6 @@ def load_teacher(
 
 
 # ---- The program ----
-
 
 ABOUT = """Trains a DeiT, or a convnet that teaches one, such as:  python train.py --model tiny --distill hard
 
@@ -323,11 +319,11 @@ def main() -> None:
     if "batch_size" not in given and not resumed:
         s.batch_size = settings.fit_batch_size(s.batch_size, len(train_set), world_size() * s.accumulate)
     network = build_network(s, len(train_set.classes))
-    introduce(s, network, train_set, val_set, device)
+    runs.introduce(s, network, train_set, val_set, device)
     teacher = load_teacher(s, train_set, val_set, device) if s.needs_teacher else None
     runs.lock_run(s.out)
     accuracy = train(network, s, train_set, val_set, device, teacher)
-    report(s, accuracy, started)
+    runs.report(s, accuracy, started)
 
 
 if __name__ == "__main__":
