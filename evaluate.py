@@ -453,7 +453,6 @@ VAL = {
     "--val": dict(metavar="DIR", help="instead: DIR/CLASS/*, classes by name or number (ImageNet-V2)"),
 }
 PRECISION = {"--precision": dict(choices=PRECISIONS, default="auto", help="[auto]")}
-# The functions that are commands, and their arguments
 COMMANDS = {
     accuracy: VAL | PRECISION | {
         "--per-class": dict(action="store_true", help="by class, what is taken for what, worst mistakes"),

@@ -169,8 +169,7 @@ def start_from(
         raise UserError(f"{text}, and this recipe is too gentle for new heads; use --recipe short")
     if keep_heads:
         low = replace(s, img_size=original.img_size)
-        # only shapes are drawn at the image size
-        val = open_split(low, "val", device) if s.data == "shapes" else val_set
+        val = open_split(low, "val", device) if s.data == "shapes" else val_set  # shapes are drawn at a size
         print0(f"before, at {low.img_size} pixels: {accuracy_line(evaluate(original, val, low, device))}")
     done = adapt(original.state_dict(), network, keep_heads)
     print0(f"{s.checkpoint}: {'; '.join(done) or 'taken as it is'}")

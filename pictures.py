@@ -1,7 +1,5 @@
 """Functions from tensors and logs to pictures: attention, curves, augmentations, disagreements.
 
-python evaluate.py attention runs/shapes-tiny-hard/last.pth PHOTO.jpg --out attention.png
-python evaluate.py curves runs/shapes-tiny-none runs/shapes-tiny-hard --out curves.png
 python evaluate.py augmentations --out augmentations.png
 """
 
@@ -158,11 +156,9 @@ def operation_rows(image: Tensor, every: bool) -> list[Row]:
     rows = []
     for name in augment.OPERATIONS if every else SIX_OPERATIONS:
         arguments = augment.RANDAUGMENT_ARGUMENTS[name](m, sign).float()
-        texts = [f"{argument:.3g}{UNITS.get(name, '')}" for argument in arguments.tolist()]
-        texts = [text.replace("0 bits", "0 bits: black") if text == "0 bits" else text for text in texts]
+        texts = ["" if name in NO_ARGUMENT else f"{x:.3g}{UNITS.get(name, '')}" for x in arguments.tolist()]
+        texts = ["0 bits: black" if text == "0 bits" else text for text in texts]
         captions = [f"magnitude {n}\n{text}" for n, text in zip(MAGNITUDES, texts, strict=True)]
-        if name in NO_ARGUMENT:
-            captions = [f"magnitude {n}" for n in MAGNITUDES]
         changed = augment.OPERATIONS[name](image.expand(len(m), -1, -1, -1), arguments)
         rows.append((name, to_pictures(changed), captions))
     return rows
