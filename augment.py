@@ -547,7 +547,7 @@ class RepeatedAugmentSampler(Sampler[int]):
     """Repeated augmentation (Hoffer et al., 2020; Table 7): a shuffle with each image several times in a row.
 
     The ranks take turns, so that the repeats of an image are in one step. For N images each of W ranks has
-    N // 256 · 256 / W samples an epoch, or N / W where N < 256 or num_repeats = 1, rounded down.
+    N // 256 · 256 / W samples an epoch, as in the authors' code, or N / W where N < 256 or num_repeats = 1.
     """
 
     def __init__(self, dataset_size: int, num_replicas: int, rank: int, num_repeats: int = 3, seed: int = 0):

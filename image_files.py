@@ -66,7 +66,7 @@ def read_image(path: str | Path, enough: int | None = None) -> Image.Image:
                 image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
             return image if image.mode == "RGB" else image.convert("RGB")
     except Image.DecompressionBombError as error:
-        remedy = "reduce it, or raise PIL.Image.MAX_IMAGE_PIXELS in data.py"
+        remedy = "reduce it, or raise PIL.Image.MAX_IMAGE_PIXELS in image_files.py"
         raise UserError(f"{path} has more pixels than Pillow holds for safe; {remedy}") from error
     except Exception as error:  # a damaged file can make the reader raise anything
         raise UserError(f"{path} is not a readable image: {' '.join(str(error).split())}") from error

@@ -170,7 +170,7 @@ class DeiT(nn.Module):
     def forward_features(self, images: Tensor, num_queries: int | None = None) -> Tensor:
         """Images as in `forward` -> the normalized tokens (B, N, D) of the last block, prefix tokens first.
 
-        They are embeddings of the images and of their patches; `num_queries` computes only so many of them.
+        Prefix tokens are embeddings of the images, the others of patches; `num_queries`: only so many tokens.
         """
         x = self.embed(images)
         for block in self.blocks[:-1]:
