@@ -70,7 +70,7 @@ def idle_settings(s: Settings) -> list[str]:
         "tau lam": s.distill == "soft",
         "no_distill_token": DISTILLATION[s.distill].token and s.model in TRANSFORMERS,
         "depth dropout drop_path": s.model in TRANSFORMERS,
-        "patch_size": {s.model, s.teacher if s.needs_teacher else ""} & set(TRANSFORMERS),
+        "patch_size": {s.model, s.teacher} & set(TRANSFORMERS),
         "warmup_lr": s.warmup_epochs,
         "data_path skip_broken workers": s.data != "shapes",
     }

@@ -1131,7 +1131,9 @@ def test_learning_rate_is_torchs_cosine_from_step_0_whose_start_a_linear_warm_up
 
 def test_weight_decay_spares_biases_norms_tokens_and_position_embeddings():
     model = build_network(Settings(distill="hard"), 10)
-    decayed, spared = train.build_optimizer(model, Settings()).param_groups
+    optimizer = train.build_optimizer(model, Settings())
+    decayed, spared = optimizer.param_groups
+    assert optimizer.defaults["fused"]  # one call for all parameters
     assert (decayed["weight_decay"], spared["weight_decay"]) == (0.05, 0.0)
     kept = {id(p) for p in spared["params"]}
     names = {name for name, p in model.named_parameters() if id(p) in kept}
@@ -1203,6 +1205,14 @@ def test_transfer_has_the_authors_recipe_and_a_short_one(name):
     assert tuned(short | {"optimizer": "sgd"})["lr"] == 0.01
     assert [tuned(short | {"trainable": part})["lr"] for part in ("head", "attention")] == [0.05, 5e-3]
     assert tuned(short | {"optimizer": "sgd", "lr": 0.1})["lr"] == 0.1
+    assert tuned({"data": "shapes", "recipe": "paper"})["epochs"] == 1000
+
+
+def test_a_convnets_weights_that_do_not_fit_are_refused():
+    with torch.device("meta"):
+        vits = [networks.create_convnet("vit_b_32", 3, size) for size in (32, 64)]
+    with pytest.raises(UserError, match="do not fit the model: encoder.pos_embedding is"):
+        finetune.adapt(vits[0].state_dict(), vits[1], True)
 
 
 def test_a_distillation_token_that_is_added_starts_as_the_class_token_and_one_can_be_dropped():
@@ -1229,6 +1239,7 @@ def test_a_teacher_or_a_published_convnet_is_fine_tuned_by_the_same_program(tmp_
     )
     (low,) = Path("runs").glob("teacher-shapes-16px-resnet18-*")
     assert "the teacher sees the images at its own 16 pixels" in told
+    assert re.search(r", \d\.\d minutes after the start: class ", told)
     assert told.endswith("Next:  python evaluate.py accuracy low/best.pth\n")
     words = {"img_size": 24, "epochs": 1, "limit": 55, "batch_size": 16}
     output(run_finetune, *flags(words | {"checkpoint": low / "last.pth", "out": "high"}))
