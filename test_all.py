@@ -14,6 +14,7 @@ import os
 import pickle
 import re
 import resource
+import runpy
 import shlex
 import shutil
 import signal
@@ -1241,6 +1242,7 @@ def test_a_teacher_or_a_published_convnet_is_fine_tuned_by_the_same_program(tmp_
     assert "the teacher sees the images at its own 16 pixels" in told
     assert re.search(r", \d\.\d minutes after the start: class ", told)
     assert told.endswith("Next:  python evaluate.py accuracy low/best.pth\n")
+    assert saved("low")["settings"]["batch_size"] == 16  # given, so not fitted to the 55 images
     words = {"img_size": 24, "epochs": 1, "limit": 55, "batch_size": 16}
     output(run_finetune, *flags(words | {"checkpoint": low / "last.pth", "out": "high"}))
     torch.save(networks.create_convnet("resnet18", 1000, 224).state_dict(), "published.pth")
@@ -1969,6 +1971,8 @@ def test_other_files_are_left_out_loudly_and_without_val_a_tenth_of_train_is_hel
         shutil.copy(train_path / "bee/0.png", train_path / f"bee/0{n}.png")
     train_set, after = load(name, tmp_path, 24)
     assert set(before.paths) <= set(after.paths) and len(train_set) + len(after) == 204
+    paths = [str(train_path / f"bee/{n}.png") for n in range(3)]
+    assert [len(data.held_out_tenth(paths[:n], train_path)) for n in range(4)] == [0, 0, 1, 1]
     shutil.rmtree(train_path / "bee")
     with pytest.raises(UserError, match="a network of one class learns nothing, and .*train has only 'ant'"):
         load(name, tmp_path, 24)
@@ -2531,6 +2535,14 @@ def test_mistakes_end_with_one_line_and_exit_code_2(tmp_path, monkeypatch, outpu
     before = set(tmp_path.rglob("*"))
     assert MISTAKES[words] in output(run_train, "--limit", "128", *words.split(), code=2)
     assert set(tmp_path.rglob("*")) == before  # no folder is left behind
+
+
+@pytest.mark.parametrize("name", ["train.py", "finetune.py", "evaluate.py"])
+def test_each_program_is_a_script(monkeypatch, capsys, name):
+    monkeypatch.setattr("sys.argv", [name, "--nothing"])
+    with pytest.raises(SystemExit, match="2"):
+        runpy.run_path(name, run_name="__main__")
+    assert capsys.readouterr().err.startswith("error: ")
 
 
 TUNING_MISTAKES = {
