@@ -81,8 +81,7 @@ def class_indices(source: str, network: nn.Module, names: list[str]) -> list[int
         networks.check_classes(source, None, names)
         return list(range(count))
     unknown = next(name for name in names if name not in (known or ()))
-    remedy = "name folders by its classes or their numbers"
-    raise UserError(f"{source} knows {count} other classes; the data set has {unknown!r}; {remedy}")
+    raise UserError(f"{source} knows {count} other classes than {unknown!r}; name folders by class or number")
 
 
 def open_val(source: str, network: nn.Module, s: Settings, arguments: Namespace) -> tuple:
@@ -97,8 +96,8 @@ def open_val(source: str, network: nn.Module, s: Settings, arguments: Namespace)
         s.data, s.data_path = arguments.data or s.data, arguments.data_path or s.data_path
     val_set = data.open_split(s, split, arguments.device)
     indices = torch.tensor(class_indices(source, network, val_set.classes))
-    folder = Path(s.data_path) / split
-    origin = folder if s.data in ("imagenet", "folder") and folder.is_dir() else s.data
+    folder, held_out = data.split_folder(Path(s.data_path), split)
+    origin = s.data if s.data not in ("imagenet", "folder") else s.data_path if held_out else folder
     return val_set, indices[torch.as_tensor(val_set.labels).cpu()], origin
 
 
@@ -186,7 +185,7 @@ def accuracy(arguments: Namespace) -> None:
         indices, top, probability = top_classes(network, val_set, s, arguments.device)
         labels = labels[indices]
         hits = top == labels[:, None, None]  # bool (n, heads, 5)
-        print0(f"{source}: {len(labels)} images of {origin}")
+        print0(f"{source}: {len(labels)} images of {origin}, in {s.precision}")
         print0(f"  top-1  {accuracy_line(percent(hits[:, :, 0]))}")
         present = labels.unique().tolist()
         by_class = torch.stack([hits[labels == label, :, 0].double().mean(dim=0) for label in present])
@@ -202,7 +201,7 @@ def accuracy(arguments: Namespace) -> None:
             print0("".join(f"{title:>14}" for title in ("images", *HEADS[: hits.shape[1]])) + "  class")
             for label, shares in zip(present, by_class, strict=True):
                 cells = "".join(f"{100 * share:14.2f}" for share in shares.tolist())
-                print0(f"{(labels == label).sum():14}{cells}  {names[label]}")
+                print0(f"{(labels == label).sum():14}{cells}  {printable(names[label])}")
             paths = [val_set.paths[i] for i in indices] if isinstance(val_set, data.FolderSet) else []
             print_mistakes(labels, top[:, -1, 0], probability, names, paths)
 
@@ -353,7 +352,7 @@ def attention(arguments: Namespace) -> None:
 
 
 def curves(arguments: Namespace) -> None:
-    """A picture of the training loss and of each head's accuracy in validation, by epoch, of several runs."""
+    """A picture of each head's accuracy in validation, by epoch, of several runs."""
     logs = {}
     for run, name in zip(arguments.runs, short_names(arguments.runs), strict=True):
         try:
@@ -373,10 +372,11 @@ def augmentations(arguments: Namespace) -> None:
     """
     if arguments.images:
         paths = list(image_paths(arguments.images))
-        files = [read_image(path).resize((224, 224)) for path in paths]
         folders = [Path(path).absolute().parent.name for path in paths]
+        turns = sorted(range(len(paths)), key=lambda n: folders[:n].count(folders[n]))[:6]  # classes in turn
+        files = [read_image(paths[n]).resize((224, 224)) for n in turns]
         images, classes = torch.stack([to_tensor(file) for file in files]), sorted(set(folders))
-        labels = torch.tensor([classes.index(folder) for folder in folders])
+        labels = torch.tensor([classes.index(folders[n]) for n in turns])
     else:
         (images, labels), classes = shapes.draw_shapes("val", 10, 64), list(shapes.SHAPES)
     teacher = None

@@ -24,6 +24,7 @@ from launch import UserError
 
 PngImagePlugin.MAX_TEXT_CHUNK = PngImagePlugin.MAX_TEXT_MEMORY  # a long note does not spoil a PNG
 warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # twice that size is refused
+warnings.filterwarnings("ignore", "Corrupt EXIF data")  # the picture is fine
 
 HIDDEN = re.compile(r"[/\\](\.|__MACOSX)")  # .DS_Store, .ipynb_checkpoints, ._cat.jpg and the like
 ENDINGS = (*torchvision.datasets.folder.IMG_EXTENSIONS, ".jfif", ".jpe", ".gif")

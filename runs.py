@@ -206,7 +206,7 @@ def introduce(
         f"{len(train_set.classes)} classes; {device} × {world_size()}, torch {torch.__version__}"
     )
     counts = Counter(torch.as_tensor(train_set.labels).tolist())
-    names = [f"{name} {counts[label]}" for label, name in enumerate(train_set.classes)]
+    names = [f"{launch.printable(name)} {counts[label]}" for label, name in enumerate(train_set.classes)]
     print0(f"  {', '.join(names[:10])}{f' and {len(names) - 10} more' if len(names) > 10 else ''}")
     flags.describe(s)
     size, peak = sum(p.numel() for p in network.parameters()), s.lr * s.batch_size / 512

@@ -168,7 +168,8 @@ class Settings:
     clip_grad: float = setting(0.0, POSITIVE, "largest norm of the gradient, 0 is no clipping")
     epochs: int = setting(300, COUNT, "epochs, each of about as many images as the data set has")
     batch_size: int = setting(1024, COUNT, "images a step, of all processes and accumulated parts together; "
-                              "unless it is given, few images have smaller ones: ten steps an epoch")
+                              "unless it is given, few images have smaller ones: ten steps an epoch, "
+                              "but 8 images at least")
     accumulate: int = setting(1, COUNT, "parts into which a process cuts its share of a batch; saves memory")
 
     precision: str = setting("auto", PRECISIONS, "of matrix products; auto: bf16 on a GPU that has it, else "
