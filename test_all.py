@@ -59,6 +59,7 @@ import train
 from checkpoint import read_checkpoint, torchvision_layout
 from data import ArraySet, FolderSet, crop_file, read_image, train_batches
 from distill import LOSSES, Teacher, hard_distillation_loss
+from flags import idle_settings
 from labels import RememberedLabels
 from launch import UserError
 from model import SIZES, Attention, Block, DeiT, DropPath, attend, create_model, fuse, load_weights
@@ -449,6 +450,20 @@ def test_a_recipe_is_for_transformers_and_for_the_convnets_that_teach_them(name)
     assert (student.optimizer, teacher.optimizer, teacher.min_lr) == ("adamw", "sgd", 0.0)
     repeats = 3 if name in ("imagenet", "inat2018", "inat2019") else 1
     assert (student.repeats, teacher.repeats) == (repeats, repeats)
+    # results/teachers.md and shapes.md have how the rates were chosen
+    rate, epochs = {3: (0.8, 300), 1: (0.1, 2) if name == "shapes" else (0.2, 30)}[repeats]
+    assert (teacher.lr, teacher.epochs, student.teacher_epochs) == (rate, epochs, epochs)
+
+
+def test_a_run_prints_the_settings_that_play_a_part_in_it_and_ten_of_its_classes(tmp_path, output):
+    names = [f"c{n:02}" for n in range(12)]
+    words = QUICK | {"data": "folder", "data_path": write_folder(tmp_path / "data", HELD, names)}
+    told = output(run_train, *flags(words | {"epochs": 1, "limit": 0, "out": tmp_path / "run"}))
+    assert f"  {', '.join(f'{name} 6' for name in names[:10])} and 2 more\n" in told
+    assert "patch-size=8" in told and "teacher" not in told and "tau=" not in told
+    taught = {"model": "resnet18", "teacher": "tiny", "img_size": 32, "distill": "soft"}
+    idle = idle_settings(complete(taught))  # the teacher has patches
+    assert {"depth", "no_distill_token", "workers"} <= set(idle) and not {"patch_size", "tau"} & set(idle)
 
 
 def test_the_table_of_losses_decides_what_is_trained():
@@ -1305,6 +1320,9 @@ def test_imagenets_own_weights_keep_their_heads(tmp_path, monkeypatch, output):
     assert "this recipe is too gentle for new heads; use --recipe short" in refused
     told = output(run_finetune, *flags(words), "--recipe", "short")
     assert "three.pth: new heads for 2 classes; position embeddings are resized\n" in told
+    # as many classes, which a file of the authors does not name, are others in a folder of other data
+    words |= {"checkpoint": "two.pth", "data": "folder", "out": "third"}
+    assert "two.pth: new heads for 2 classes" in output(run_finetune, *flags(words))
 
 
 @pytest.mark.parametrize(
