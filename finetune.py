@@ -182,9 +182,9 @@ def main() -> None:
     started = time.monotonic()
     given = vars(finetune_parser().parse_args())
     resumed = s = resumed_settings(given, given["out"], FinetuneSettings) if "out" in given else None
+    if not resumed and "checkpoint" not in given:
+        raise UserError("name the network to start from with --checkpoint, such as a run's last.pth")
     if not resumed:
-        if "checkpoint" not in given:
-            raise UserError("name the network to start from with --checkpoint, such as a run's last.pth")
         s = finetune_settings(given, networks.load_network(given["checkpoint"])[1])
         resumed = resumed_settings(given, s.out, FinetuneSettings)
         s = resumed or s
@@ -202,8 +202,7 @@ def main() -> None:
     if not (s.resume and holds_run(s.out)):
         start_from(s, network, train_set, val_set, device)
     lock_run(s.out)
-    accuracy = train(network, s, train_set, val_set, device, teacher)
-    report(s, accuracy, started, "best.pth")
+    report(s, train(network, s, train_set, val_set, device, teacher), started, "best.pth")
 
 
 if __name__ == "__main__":
