@@ -28,10 +28,7 @@ def save_picture(save: Callable, path: str, **options) -> None:
 
 
 def draw_sheet(rows: list[Row], side: int, path: str) -> None:
-    """Writes a picture of rows of images, each `side` pixels wide, with titles and captions.
-
-    A line of a caption that begins with × is red: something that is wrong.
-    """
+    """Writes rows of images, `side` pixels wide, with titles and captions; lines with × in front are red."""
     font, line_height = ImageFont.load_default(13), 17
     left = 12 + round(max(font.getlength(line) for title, _, _ in rows for line in title.split("\n")))
     texts = [text for title, _, captions in rows for text in (title, *captions)]
@@ -93,13 +90,9 @@ def overlay(picture: Image.Image, attention: Tensor) -> Image.Image:
 
 def attention_rows(network: DeiT, image: Image.Image, layer: int, tokens: tuple, side: int) -> list[Row]:
     """A row for each token, named in `tokens`: the input, a map of each attention head, and the rollout."""
-    size, device = network.img_size, network.pos_embed.device
-    crop = crop_file(image, size, None)
-    # Shown in more detail than a network for small images sees it. But an image of exactly one of the two
-    # sizes is taken whole at that size and cropped at the other: then what the network sees is shown.
-    shown = crop if image.size in ((size, size), (side, side)) else crop_file(image, side, None)
-    picture = to_pictures(shown[None])[0].resize((side, side), Image.Resampling.BICUBIC)
-    maps, rollout = attention_maps(network, augment.normalize(crop[None].to(device)), layer)
+    crop = crop_file(image, network.img_size, None)[None]  # what the network sees is shown, at any size
+    picture = to_pictures(crop)[0].resize((side, side), Image.Resampling.BICUBIC)
+    maps, rollout = attention_maps(network, augment.normalize(crop.to(network.pos_embed.device)), layer)
     rows = []
     for token, head_maps, rolled_out in zip(tokens, maps[0], rollout[0], strict=False):
         named = {f"head {n}": one for n, one in enumerate(head_maps, start=1)} | {"rollout": rolled_out}
@@ -167,7 +160,7 @@ def operation_rows(image: Tensor, every: bool) -> list[Row]:
 def batch_rows(
     images: Tensor, labels: Tensor, classes: list[str], seed: int, teacher: Teacher | None = None
 ) -> list[Row]:
-    """Batches of images uint8 (n, 3, S, S), labels int64 (n,), as training augments them.
+    """Images uint8 (n, 3, S, S), labels int64 (n,) as training augments them.
 
     Beneath stand the label in the file, the target and, with a teacher, its label.
     """
