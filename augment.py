@@ -92,7 +92,7 @@ def random_boxes(count: int, height: int, width: int, generator: Generator) -> T
 
 
 def resize_lines(lines: Tensor, start: Tensor, length: Tensor, size: int) -> Tensor:
-    """Resizes lines start..start + length of each image bicubically: float (B, L, D) -> (B, size, D).
+    """Resizes lines start..start + length of each image as Pillow does: float (B, L, D) -> (B, size, D).
 
     `start` and `length` float (B,) are on the CPU. As in Pillow's resize, shrinking widens the kernel.
     """
@@ -376,7 +376,7 @@ AUTOAUGMENT_ARGUMENTS = RANDAUGMENT_ARGUMENTS | {
 
 
 def draw_step(op: Tensor, m: Tensor, p: float | Tensor, table: dict, generator: Generator) -> tuple:
-    """Operation op[i] at magnitude m[i] with probability p, else -1; and its argument, by `table`."""
+    """Operation op[i] with probability p, else -1 for none, and its argument in `table` at magnitude m[i]."""
     sign = torch.randint(2, op.shape, generator=generator).double() * 2 - 1
     arguments = torch.stack([table[name](m, sign) for name in NAMES])  # (15, B), of which one an image counts
     applied = torch.rand(len(op), generator=generator) < p

@@ -3,8 +3,8 @@
     python finetune.py --checkpoint runs/shapes-tiny-hard/last.pth       # at about 1.5 times its size
     python finetune.py --checkpoint deit_tiny_distilled --data folder --data-path PICTURES
 
-It is train.py's loop with other starting weights and another recipe; stochastic depth is off, the
-augmentation of training stays. Higher resolution, of the checkpoint's own data: position embeddings are
+It is train.py's loop with other starting weights and another recipe; stochastic depth is off, most of the
+augmentation stays. Higher resolution, of the checkpoint's own data: position embeddings are
 resized bicubically, and the true label and a teacher supervise. Transfer, to other data: new heads where the
 classes differ, and a distillation token learns the true label, unless --distill asks for a teacher.
 """
@@ -107,7 +107,7 @@ def finetune_settings(given: dict, saved: dict) -> FinetuneSettings:
     start["data_path"] = saved["data_path"] if data == saved["data"] else Settings.data_path
     if same:
         start["img_size"] = saved["img_size"] * 3 // 2 // saved["patch_size"] * saved["patch_size"]
-        start["no_distill_token"] &= "distill" not in given
+        start["no_distill_token"] &= "distill" not in given  # a loss that is named brings its token back
         if given.get("teacher", saved["teacher"]) != saved["teacher"]:
             start["teacher_weights"] = ""
     else:

@@ -170,7 +170,7 @@ class DeiT(nn.Module):
     def forward_features(self, images: Tensor, num_queries: int | None = None) -> Tensor:
         """Images as in `forward` -> the normalized tokens (B, N, D) of the last block, prefix tokens first.
 
-        Prefix tokens are embeddings of the images, the others of patches; `num_queries`: only so many tokens.
+        Prefix tokens embed the images, the others patches; `num_queries` asks for the first so many alone.
         """
         x = self.embed(images)
         for block in self.blocks[:-1]:
