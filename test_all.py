@@ -450,6 +450,10 @@ def test_a_recipe_is_for_transformers_and_for_the_convnets_that_teach_them(name)
     assert (student.optimizer, teacher.optimizer, teacher.min_lr) == ("adamw", "sgd", 0.0)
     repeats = 3 if name in ("imagenet", "inat2018", "inat2019") else 1
     assert (student.repeats, teacher.repeats) == (repeats, repeats)
+    sizes = {"cifar10": (32, 100, 256, 1e-3), "shapes": (24, 8, 128, 4e-3), "folder": (224, 100, 64, 1e-3)}
+    if name in sizes:
+        assert (student.img_size, student.epochs, student.batch_size, student.lr) == sizes[name]
+        assert teacher.img_size == student.img_size and teacher.batch_size == min(student.batch_size, 128)
     # results/teachers.md and shapes.md have how the rates were chosen
     rate, epochs = {3: (0.8, 300), 1: (0.1, 2) if name == "shapes" else (0.2, 30)}[repeats]
     assert (teacher.lr, teacher.epochs, student.teacher_epochs) == (rate, epochs, epochs)
@@ -1111,9 +1115,32 @@ def test_the_imagenet_recipe_is_table_9():
     table |= dict(augment="randaugment", mixup=0.8, cutmix=1.0, erasing=0.25)
     table |= dict(warmup_lr=1e-6, min_lr=1e-5, tau=3.0, lam=0.1, img_size=224, patch_size=16, depth=12)
     table |= dict(teacher="regnet_y_16gf", teacher_weights="published")
+    off = "no_distill_token remember_labels compile skip_broken resume overwrite limit seed save_every ema"
+    table |= dict.fromkeys(off.split(), 0) | dict(distill="none", model="tiny", accumulate=1, workers=-1)
     assert {name: getattr(s, name) for name in table} == table
     for given, expected in (({}, 2), ({"warmup_epochs": 7.0}, 7)):  # a short run: a tenth of it
         assert complete({"data": "imagenet", "epochs": 20} | given).warmup_epochs == expected
+
+
+RANGES = dict.fromkeys(("img_size", "patch_size"), (1, 4096)) | {"depth": (1, 100), "workers": (-1, 256)}
+RANGES |= dict.fromkeys(("dropout", "drop_path", "smoothing", "ema"), (0.0, 0.999999)) | {"tau": (1e-6, 1e6)}
+RANGES |= dict.fromkeys(("lam", "erasing"), (0.0, 1.0)) | {"seed": (0, 2**62)}
+RANGES |= dict.fromkeys(("limit", "save_every"), (0, None)) | dict.fromkeys(("epochs", "repeats"), (1, None))
+RANGES |= dict.fromkeys(("batch_size", "accumulate", "teacher_epochs"), (1, None))
+RANGES |= dict.fromkeys(("lr", "min_lr", "warmup_lr", "mixup", "cutmix", "clip_grad"), (0.0, None))
+RANGES |= dict.fromkeys(("weight_decay", "warmup_epochs"), (0.0, None))
+
+
+@pytest.mark.parametrize("name", RANGES)
+def test_a_number_may_lie_anywhere_in_its_range_and_nowhere_else(name):
+    low, high = RANGES[name]
+    for limit, beyond in ((low, -1), (high, 1)):
+        if limit is not None:
+            step = 1 if isinstance(limit, int) else abs(limit) / 1e9 or 0.001
+            inside, outside = flags({name: limit}), flags({name: limit + beyond * step})
+            assert vars(train.train_parser().parse_args(inside)) == {name: limit}
+            with pytest.raises(UserError, match="is not allowed"):
+                train.train_parser().parse_args(outside)
 
 
 def test_images_of_up_to_64_pixels_have_a_teacher_that_looks_at_them_at_full_resolution():
