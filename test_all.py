@@ -1777,7 +1777,7 @@ def test_a_second_student_reads_the_labels_that_the_first_ones_teacher_gave(tmp_
     assert forked(flags(words | {"epochs": 3, "out": tmp_path / "half"})) == 0
     assert same_run(tmp_path / "plain", tmp_path / "half")
     labels.write_bytes(whole)
-    for edited in ("augment.py", "data.py"):
+    for edited in ("augment.py", "image_files.py", "data.py"):
         read = lambda path, edited=edited: plain(path) + b"#" * (path.name == edited)  # noqa: E731
         monkeypatch.setattr(Path, "read_bytes", read)
         with pytest.raises(AssertionError, match="the teacher was asked"):
