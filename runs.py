@@ -210,13 +210,11 @@ def introduce(
     print0(f"  {', '.join(names[:10])}{f' and {len(names) - 10} more' if len(names) > 10 else ''}")
     flags.describe(s)
     size, peak = sum(p.numel() for p in network.parameters()), s.lr * s.batch_size / 512
-    per_epoch = steps_per_epoch(train_set, s)
-    print0(
-        f"{size:,} parameters, {s.epochs * per_epoch} steps, learning rate {peak:.3g}; the run is in {s.out}"
-    )
-    if s.ema and (memory := round(1 / (1 - s.ema))) > s.epochs * per_epoch:
-        text = f"--ema {s.ema} averages over {memory} steps, and the run has only {s.epochs * per_epoch}"
-        raise UserError(f"{text}; try --ema {1 - 10 / (s.epochs * per_epoch):.3g}")
+    steps = s.epochs * steps_per_epoch(train_set, s)
+    print0(f"{size:,} parameters, {steps} steps, learning rate {peak:.3g}; the run is in {s.out}")
+    if s.ema and (memory := round(1 / (1 - s.ema))) > steps:
+        text = f"--ema {s.ema} averages over {memory} steps, and the run has only {steps}"
+        raise UserError(f"{text}; try --ema {max(0, 1 - 10 / steps):.3g}")
 
 
 def report(s: Settings, accuracy: dict[str, float], started: float, file: str = "last.pth") -> None:

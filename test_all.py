@@ -1276,10 +1276,10 @@ def test_a_teacher_or_a_published_convnet_is_fine_tuned_by_the_same_program(tmp_
     monkeypatch.chdir(tmp_path)
     words = QUICK | {"epochs": 1, "distill": "hard", "teacher": "resnet18", "teacher_epochs": 1}
     assert run_train(monkeypatch, *flags(words)) == 0
-    told = output(
-        run_finetune,
-        *flags({"checkpoint": "runs/shapes-tiny-hard", "epochs": 1, "batch_size": 16, "out": "low"}),
-    )
+    own = {"precision": "fp32", "device": "cpu", "epochs": 1, "batch_size": 16}
+    told = output(run_finetune, *flags(own | {"checkpoint": "runs/shapes-tiny-hard", "out": "low"}))
+    ended = runs.accuracy_line(runs.read_log("runs/shapes-tiny-hard")[-1]["accuracy"])
+    assert f"before, at 16 pixels: {ended}\n" in told
     (low,) = Path("runs").glob("teacher-shapes-16px-resnet18-*")
     assert "the teacher sees the images at its own 16 pixels" in told
     assert re.search(r", \d\.\d minutes after the start: class ", told)
@@ -1956,6 +1956,10 @@ def test_pictures_of_every_kind_are_read_upright_on_white_and_large_ones_at_a_si
     Image.new("RGB", (1200, 800)).save(tmp_path / "photo.jpg")
     read = [read_image(tmp_path / "photo.jpg", enough) for enough in (None, 401, 400, 201, 200, 1)]
     assert [image.width for image in read] == [1200, 1200, 600, 600, 300, 150]
+    path = str(tmp_path / "noise.jpg")
+    Image.fromarray(noise(1, 800, 1200, 3)[0].numpy()).save(path)
+    crops, _, _ = FolderSet([path], [0], ["a"], False)[([0], None, 100)]
+    assert torch.equal(crops[0], crop_file(read_image(path), 100, None))  # the evaluation has the whole of it
 
 
 def test_broken_images_are_named_or_left_out_and_counted(folder):
@@ -2424,6 +2428,11 @@ def test_only_a_cuda_device_is_copied_to_without_waiting():
 
 
 def test_an_epoch_is_saved_once_and_the_best_has_no_optimizer(tmp_path, monkeypatch):
+    (tmp_path / "file").write_text("no folder")
+    with pytest.raises(
+        UserError, match="could not write .*/file/x: File exists; what was saved before is"
+    ):
+        checkpoint.atomic_save(tmp_path / "file/x", lambda file: None)
     written, plain = Counter(), checkpoint.atomic_save
 
     def counted(path, *arguments, **options):
@@ -2492,7 +2501,7 @@ class Mischief:
 
 
 MISTAKES = {
-    "--ema 0.9999": "averages over 10000 steps, and the run has only 80; try --ema",
+    "--ema 0.9999": "averages over 10000 steps, and the run has only 80; try --ema 0.875",
     "--epoch 3": "unrecognized arguments: --epoch 3; did you mean --epochs?",
     "--learning-rate 1": "unrecognized arguments: --learning-rate 1; see train.py --help",
     "tiny": "unrecognized arguments: tiny",
