@@ -166,7 +166,7 @@ def print_mistakes(labels: Tensor, predicted: Tensor, probability: Tensor, names
     wrong = (predicted != labels).nonzero().flatten()
     for n in wrong[probability[wrong].argsort(descending=True, stable=True)[:5]] if paths else ():
         text = f"{100 * probability[n]:.1f} % {names[predicted[n]]}, and is {names[labels[n]]}"
-        print0(f"{text}: {paths[n]}")
+        print0(printable(f"{text}: {paths[n]}"))
 
 
 def accuracy(arguments: Namespace) -> None:
