@@ -2,7 +2,7 @@
 
 A first reading can skip this file.
 
-python train.py --help
+    python train.py --help
 """
 
 import argparse
@@ -100,9 +100,6 @@ def check(s: Settings, given: Iterable[str] = ()) -> None:
             raise UserError(f"{path} is in --out, where --overwrite would remove it; choose another --out")
     if s.data == "shapes" and s.data_path != Settings.data_path:
         raise UserError("--data-path has no use for shapes; for pictures of your own add --data folder")
-
-
-# ---- Flags ----
 
 
 def describe(s: Settings) -> None:
