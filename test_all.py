@@ -1962,6 +1962,13 @@ def test_pictures_of_every_kind_are_read_upright_on_white_and_large_ones_at_a_si
     assert torch.equal(crops[0], crop_file(read_image(path), 100, None))  # the evaluation has the whole of it
 
 
+def test_a_damaged_exif_block_is_no_warning(tmp_path):
+    path = str(tmp_path / "a.jpg")
+    Image.new("RGB", (40, 40)).save(path, exif=b"Exif\0\0MM\0*\xff\xff\xff\xff\0\x01garbage")
+    program = [sys.executable, "-c", f"from image_files import read_image; read_image({path!r})"]
+    assert subprocess.run(program, capture_output=True, check=True).stderr == b""
+
+
 def test_broken_images_are_named_or_left_out_and_counted(folder):
     bad = {str(folder / f"{split}/bee/{n}.png") for split in ("train", "val") for n in (2, 3)}
     for path in bad:
