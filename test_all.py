@@ -450,6 +450,7 @@ def test_a_recipe_is_for_transformers_and_for_the_convnets_that_teach_them(name)
     assert (student.optimizer, teacher.optimizer, teacher.min_lr) == ("adamw", "sgd", 0.0)
     repeats = 3 if name in ("imagenet", "inat2018", "inat2019") else 1
     assert (student.repeats, teacher.repeats) == (repeats, repeats)
+    assert (student.drop_path, student.warmup_epochs) == ((0.0, 0.5) if name == "shapes" else (0.1, 5.0))
     sizes = {"cifar10": (32, 100, 256, 1e-3), "shapes": (24, 8, 128, 4e-3), "folder": (224, 100, 64, 1e-3)}
     if name in sizes:
         assert (student.img_size, student.epochs, student.batch_size, student.lr) == sizes[name]
@@ -1782,6 +1783,11 @@ def test_a_second_student_reads_the_labels_that_the_first_ones_teacher_gave(tmp_
         monkeypatch.setattr(Path, "read_bytes", read)
         with pytest.raises(AssertionError, match="the teacher was asked"):
             run_train(monkeypatch, *flags(words | {"out": tmp_path / edited}))
+    monkeypatch.setattr(Path, "read_bytes", plain)
+    for module in (torch, np):
+        with monkeypatch.context() as newer, pytest.raises(AssertionError, match="the teacher was asked"):
+            newer.setattr(module, "__version__", "9")
+            run_train(monkeypatch, *flags(words | {"out": tmp_path / module.__name__}))
 
 
 def test_each_of_two_processes_remembers_its_own_labels(tmp_path, output):
@@ -2523,6 +2529,7 @@ MISTAKES = {
     "--erasing 2": "2 is not allowed: it must be from 0 to 1",
     "--tau 0": "argument --tau: 0 is not allowed",
     "--tau 2": "--tau plays no part in this run; leave it out",
+    "--model vgg8 --drop-path 0.2": "--drop-path plays no part in this run; leave it out",
     "--train head": "unrecognized arguments: --train head; it is a flag of finetune.py",
     "--local-rank=0": "; start several processes with torchrun",
     "--lam 1.5": "argument --lam: 1.5 is not allowed",
