@@ -1244,12 +1244,24 @@ def test_transfer_has_the_authors_recipe_and_a_short_one(name):
     assert tuned(given, OFFICIAL_TINY | {"data_path": "elsewhere"}).items() >= table.items()
     assert tuned(given, OFFICIAL_TINY | {"distill": "none"})["distill"] == "none"
     short = given | {"recipe": "short"}
-    table = dict(optimizer="adamw", epochs=30, img_size=224, lr=5e-4, repeats=1)
+    table = dict(optimizer="adamw", epochs=30, img_size=224, lr=5e-4, repeats=1, augment="randaugment")
+    table |= dict(mixup=0.8, cutmix=1.0, erasing=0.25, batch_size={"ci": 256, "in": 1024}.get(name[:2], 64))
     assert tuned(short).items() >= table.items()
     assert tuned(short | {"optimizer": "sgd"})["lr"] == 0.01
     assert [tuned(short | {"trainable": part})["lr"] for part in ("head", "attention")] == [0.05, 5e-3]
     assert tuned(short | {"optimizer": "sgd", "lr": 0.1})["lr"] == 0.1
     assert tuned({"data": "shapes", "recipe": "paper"})["epochs"] == 1000
+
+
+def test_heads_of_imagenet_are_kept_for_imagenets_classes_alone(monkeypatch):
+    network = create_model("tiny", img_size=16, patch_size=8)
+    monkeypatch.setattr("networks.load_network", lambda source: (network, OFFICIAL_TINY))
+    s = finetune.finetune_settings({"checkpoint": "deit_tiny_distilled"}, OFFICIAL_TINY)
+    others = SimpleNamespace(classes=[f"n{number:08}" for number in range(1000)])
+    with pytest.raises(
+        UserError, match="deit_tiny_distilled knows ImageNet's 1000 classes; the data set has"
+    ):
+        finetune.start_from(s, network, others, others, torch.device("cpu"))
 
 
 def test_a_convnets_weights_that_do_not_fit_are_refused():
