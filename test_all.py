@@ -2226,7 +2226,8 @@ def test_a_fine_tuning_that_is_killed_needs_nothing_but_its_directory(tmp_path, 
 def test_a_run_that_an_older_version_stopped_within_an_epoch_goes_on(tmp_path, output):
     output(run_train, *flags(QUICK | {"epochs": 1, "out": tmp_path / "first"}))
     words = {"checkpoint": tmp_path / "first", "img_size": 24, "epochs": 2, "batch_size": 16, "train": "head"}
-    words |= {"device": "cpu", "precision": "fp32"}
+    words |= {"device": "cpu", "precision": "fp32", "distill": "hard", "teacher": "tiny"}
+    words["teacher_weights"] = tmp_path / "first"
     whole, cut = tmp_path / "whole", tmp_path / "cut"
     assert forked(flags(words | {"out": whole}), None, finetune.main) == 0
     stopped = forked(flags(words | {"out": cut}), ("step", 2, signal.SIGTERM), finetune.main)
@@ -2236,6 +2237,7 @@ def test_a_run_that_an_older_version_stopped_within_an_epoch_goes_on(tmp_path, o
     (cut / "settings.json").write_text(json.dumps(settings))
     contents = saved(cut)
     contents["progress"]["loss_sums"] = [contents["progress"].pop("loss_sum")]
+    del contents["settings"]["teacher_hash"]
     torch.save(contents, cut / "last.pth")
     assert forked(flags({"out": cut, "resume": True}), None, finetune.main) == 0
     assert same_run(whole, cut)
