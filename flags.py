@@ -78,13 +78,12 @@ def idle_settings(s: Settings) -> list[str]:
 
 
 def check(s: Settings, given: Iterable[str] = ()) -> None:
-    """Refuses early what contradicts itself, and flags among those `given` that play no part.
+    """Refuses early what contradicts itself, and distillation flags among those `given` that play no part.
 
     networks.py and data.py refuse what does not fit them.
     """
-    if s.data == "shapes" and s.data_path != Settings.data_path:
-        raise UserError("--data-path has no use for shapes; for pictures of your own add --data folder")
-    for name in sorted(set(given) & set(idle_settings(s)) - {"workers"}):
+    distillation = {"teacher", "teacher_weights", "teacher_epochs", "tau", "lam", "no_distill_token"}
+    for name in sorted(distillation & set(given) & set(idle_settings(s))):
         raise UserError(f"{flag_of(type(s), name)} plays no part in this run; leave it out")
     parts = world_size() * s.accumulate
     if s.batch_size % parts:
@@ -99,6 +98,8 @@ def check(s: Settings, given: Iterable[str] = ()) -> None:
     for path in s.inputs if s.overwrite else ():
         if Path(s.out).resolve() in Path(path).resolve().parents:
             raise UserError(f"{path} is in --out, where --overwrite would remove it; choose another --out")
+    if s.data == "shapes" and s.data_path != Settings.data_path:
+        raise UserError("--data-path has no use for shapes; for pictures of your own add --data folder")
 
 
 def describe(s: Settings) -> None:

@@ -2543,7 +2543,6 @@ MISTAKES = {
     "--erasing 2": "2 is not allowed: it must be from 0 to 1",
     "--tau 0": "argument --tau: 0 is not allowed",
     "--tau 2": "--tau plays no part in this run; leave it out",
-    "--model vgg8 --drop-path 0.2": "--drop-path plays no part in this run; leave it out",
     "--train head": "unrecognized arguments: --train head; it is a flag of finetune.py",
     "--local-rank=0": "; start several processes with torchrun",
     "--lam 1.5": "argument --lam: 1.5 is not allowed",
