@@ -2562,6 +2562,7 @@ MISTAKES = {
     "--model huge": "unknown network 'huge'",
     "--model regnet_y_16g": "; did you mean regnet_y_16gf?",
     "--distill hard --teacher resnet": "unknown network 'resnet'",
+    "--distill hard --teacher resnet18 --teacher-weights published": "published knows ImageNet's classes; the",
     "--img-size 30 --patch-size 8": "30 is not a multiple of patch size 8; try image size 32",
     "--patch-size 64": "24 is not a multiple of patch size 64; try image size 64",
     "--img-size 1000000": "1000000 is not allowed: it must be from 1 to 4096",
