@@ -2423,6 +2423,16 @@ def test_the_checkpoints_of_others_are_read_and_what_they_do_not_tell_is_said_on
     assert torch.equal(create_teacher("tiny", 5, file)(inputs), plain(inputs))
 
 
+def test_numbers_that_older_and_newer_numpys_wrote_are_read(tmp_path):
+    contents, file = {"model": {}, "best": np.float64(81.3)}, tmp_path / "net.pth"
+    torch.save(contents, file, _use_new_zipfile_serialization=False)
+    pickled = file.read_bytes()
+    (mine,) = set(re.findall(rb"numpy\._?core", pickled))
+    for module in (b"numpy.core", b"numpy._core"):
+        file.write_bytes(pickled.replace(mine, module))
+        assert read_checkpoint(file) == contents
+
+
 def test_safetensors_and_hugging_faces_names_are_told_by_name(tmp_path):
     (tmp_path / "net.safetensors").touch()
     with pytest.raises(UserError, match="net.safetensors is of safetensors; install it, or see docs/els"):
