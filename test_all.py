@@ -2424,13 +2424,13 @@ def test_the_checkpoints_of_others_are_read_and_what_they_do_not_tell_is_said_on
 
 
 def test_numbers_that_older_and_newer_numpys_wrote_are_read(tmp_path):
-    contents, file = {"model": {}, "best": np.float64(81.3)}, tmp_path / "net.pth"
+    contents, file = {"model": {"head.weight": torch.ones(2)}, "best": np.float64(81.3)}, tmp_path / "net.pth"
     torch.save(contents, file, _use_new_zipfile_serialization=False)
     pickled = file.read_bytes()
     (mine,) = set(re.findall(rb"numpy\._?core", pickled))
     for module in (b"numpy.core", b"numpy._core"):
         file.write_bytes(pickled.replace(mine, module))
-        assert read_checkpoint(file) == contents
+        assert read_checkpoint(file)["best"] == 81.3
 
 
 def test_safetensors_and_hugging_faces_names_are_told_by_name(tmp_path):
