@@ -1948,6 +1948,8 @@ def test_pictures_of_every_kind_are_read_upright_on_white_and_large_ones_at_a_si
         gray = np.linspace(0, 2**bits - 1, 96).astype(kind).reshape(8, 12)
         found = read_back(tmp_path / f"{bits}.{ending}", Image.fromarray(gray))
         assert np.array_equal(found, np.stack([gray // 2 ** (bits - 8)] * 3, axis=2))
+    for least in (2**8, 2**12):  # that 8 and 12 bits do not hold
+        assert read_back(tmp_path / "least.png", Image.new("I;16", (1, 1), least)).max() == 16
     notes = PngImagePlugin.PngInfo()
     notes.add_text("workflow", "x" * 2**21, zip=True)
     for options in ({"exif": b"Exif\0\0damaged"}, {"pnginfo": notes}):
@@ -2468,6 +2470,11 @@ def test_an_epoch_is_saved_once_and_the_best_has_no_optimizer(tmp_path, monkeypa
     (tmp_path / "file").write_text("no folder")
     with pytest.raises(UserError, match="could not write .*/file/x: File exists; what was saved before is"):
         checkpoint.atomic_save(tmp_path / "file/x", lambda file: None)
+    synced = []
+    with monkeypatch.context() as disk:
+        disk.setattr(os, "fsync", lambda file: synced.append(os.fstat(file).st_ino))
+        checkpoint.atomic_save(tmp_path / "whole", lambda file: file.write(b"weights"))
+    assert synced == [path.stat().st_ino for path in (tmp_path / "whole", tmp_path)]  # its name too
     written, plain = Counter(), checkpoint.atomic_save
 
     def counted(path, *arguments, **options):
