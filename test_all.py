@@ -1191,6 +1191,13 @@ def test_the_moving_average_starts_from_the_initial_weights(tmp_path, monkeypatc
     built, seen = [], []
     monkeypatch.setattr("train.build_network", lambda *of: built.append(build_network(*of)) or built[0])
     hook = register_optimizer_step_post_hook(lambda *_: seen.append(deepcopy(built[0].state_dict())))
+    plain, judged = train.evaluate, []
+
+    def watched(network, *more):
+        judged.append(deepcopy(network.state_dict()))
+        return plain(network, *more)
+
+    monkeypatch.setattr("train.evaluate", watched)
     words = QUICK | {"model": model, "ema": 0.8, "warmup_epochs": 0}  # the first step is a long one
     assert run_train(monkeypatch, *flags(words | {"out": tmp_path / "run"})) == 0
     hook.remove()
@@ -1200,6 +1207,7 @@ def test_the_moving_average_starts_from_the_initial_weights(tmp_path, monkeypatc
         average = {key: 0.8 * value + 0.2 * weights[key] for key, value in average.items()}
     found = saved(tmp_path / "run")["model_ema"]
     torch.testing.assert_close({key: found[key] for key in average}, average)
+    assert equal(judged[-1], found)  # whose accuracy it is
 
 
 # ---- The paper: resolution and transfer ----
@@ -2579,7 +2587,7 @@ MISTAKES = {
     "--model huge": "unknown network 'huge'",
     "--model regnet_y_16g": "; did you mean regnet_y_16gf?",
     "--distill hard --teacher resnet": "unknown network 'resnet'",
-    "--distill hard --teacher resnet18 --teacher-weights published": "published knows ImageNet's classes; the",
+    "--distill hard --teacher resnet18 --teacher-weights published": "published knows ImageNet's classes",
     "--img-size 30 --patch-size 8": "30 is not a multiple of patch size 8; try image size 32",
     "--patch-size 64": "24 is not a multiple of patch size 64; try image size 64",
     "--img-size 1000000": "1000000 is not allowed: it must be from 1 to 4096",
