@@ -202,7 +202,7 @@ def main() -> None:
     if not (s.resume and holds_run(s.out)):
         start_from(s, network, train_set, val_set, device)
     lock_run(s.out)
-    report(s, train(network, s, train_set, val_set, device, teacher), started, "best.pth")
+    report(s, train(network, s, train_set, val_set, device, teacher), started)
 
 
 if __name__ == "__main__":

@@ -217,11 +217,11 @@ def introduce(
         raise UserError(f"{text}; try --ema {max(0, 1 - 10 / steps):.3g}")
 
 
-def report(s: Settings, accuracy: dict[str, float], started: float, file: str = "last.pth") -> None:
-    """Prints what came out, where it is, and what to do next with a file of the run."""
+def report(s: Settings, accuracy: dict[str, float], started: float) -> None:
+    """Prints what came out, where it is, and what to do next."""
     minutes, begin = (time.monotonic() - started) / 60, "--resume" if s.resume else "the start"
     best = max(read_log(s.out), key=lambda record: top1(record["accuracy"]))
     best = f"best.pth (epoch {best['epoch']}, {top1(best['accuracy']):.2f} %)"
     print0(f"\n{s.model} on {s.data}, {minutes:.1f} minutes after {begin}: {accuracy_line(accuracy)}")
     print0(f"The run is in {s.out}: last.pth, {best}, log.jsonl, settings.json.")
-    print0(f"Next:  python evaluate.py accuracy {s.out}/{file}")
+    print0(f"Next:  python evaluate.py accuracy {s.out}/last.pth")

@@ -1304,7 +1304,7 @@ def test_a_teacher_or_a_published_convnet_is_fine_tuned_by_the_same_program(tmp_
     (low,) = Path("runs").glob("teacher-shapes-16px-resnet18-*")
     assert "the teacher sees the images at its own 16 pixels" in told
     assert re.search(r", \d\.\d minutes after the start: class ", told)
-    assert told.endswith("Next:  python evaluate.py accuracy low/best.pth\n")
+    assert told.endswith("Next:  python evaluate.py accuracy low/last.pth\n")
     assert saved("low")["settings"]["batch_size"] == 16  # given, so not fitted to the 55 images
     words = {"img_size": 24, "epochs": 1, "limit": 55, "batch_size": 16}
     output(run_finetune, *flags(words | {"checkpoint": low / "last.pth", "out": "high"}))
