@@ -99,9 +99,11 @@ def torchvision_layout(state: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 # What others' checkpoints hold beside weights: the flags of a training, paths, numbers of numpy. None is on
-# torch.load's own list of what runs no code. Older numpys call the module numpy.core.
+# torch.load's own list of what runs no code. Older numpys call the module numpy.core;
+# Python 3.13 has paths in pathlib._local.
 NUMPY_SCALAR = np.float64(0).__reduce__()[0]
-SAFE = [Namespace, type(Path()), np.dtype]
+SAFE = [Namespace, np.dtype]
+SAFE += [(type(Path()), f"pathlib{module}.{type(Path()).__name__}") for module in ("", "._local")]
 SAFE += [type(np.dtype(kind)) for kind in (np.float32, np.float64, np.int64)]
 SAFE += [(NUMPY_SCALAR, f"numpy.{core}.multiarray.scalar") for core in ("core", "_core")]
 

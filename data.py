@@ -132,9 +132,9 @@ def subfolders(folder: Path) -> list[str]:
 def held_out_tenth(paths: list[str], folder: Path) -> list[str]:
     """The images of a class that take the place of a validation set: one at least if there are two or more.
 
-    Which they are depends on the hash of each one's own path, so that new files leave them where they are.
+    Which they are depends on the hash of each one's own path, so that new files seldom move another one.
     """
-    places = {path: zlib.crc32(os.path.relpath(path, folder).encode()) / 2**32 for path in paths}
+    places = {path: zlib.crc32(os.fsencode(os.path.relpath(path, folder))) / 2**32 for path in paths}
     tenth = sum(place < 0.1 for place in places.values())
     return sorted(places, key=places.get)[: min(max(tenth, 1), len(paths) // 2)]
 

@@ -95,8 +95,8 @@ def check(s: Settings, given: Iterable[str] = ()) -> None:
         raise UserError(f"--warmup-epochs must be less than --epochs, {s.epochs}")
     if s.distill == "label" and not s.distilled:
         raise UserError("--distill label needs a transformer and no --no-distill-token")
-    for path in s.inputs if s.overwrite else ():
-        if Path(s.out).resolve() in Path(path).resolve().parents:
+    for path in filter(None, s.inputs) if s.overwrite else ():  # a file, or the directory of a last.pth
+        if Path(s.out).resolve() in Path(path, "last.pth").resolve().parents:
             raise UserError(f"{path} is in --out, where --overwrite would remove it; choose another --out")
     if s.data == "shapes" and s.data_path != Settings.data_path:
         raise UserError("--data-path has no use for shapes; for pictures of your own add --data folder")

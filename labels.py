@@ -49,6 +49,7 @@ class RememberedLabels:
         shape = (steps, s.accumulate, s.batch_size // world_size() // s.accumulate)
         # Counted from 1. What the file does not hold, because it ends or has a hole, reads as 0.
         self.labels = np.zeros(shape, np.uint8 if self.num_classes < 256 else np.uint16)
+        path.parent.mkdir(parents=True, exist_ok=True)
         path.touch()
         stored = np.fromfile(path, self.labels.dtype, self.labels.size)
         self.labels.flat[: len(stored)] = stored

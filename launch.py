@@ -148,7 +148,9 @@ class StopSignals:
         self.received, self.since = 0, 0.0  # the signal's number, and when it came first
         # a group of its own, so that no GPU waits for the answer
         self.group = dist.new_group(backend="gloo") if world_size() > 1 else None
-        numbers = STOP_SIGNALS if threading.current_thread() is threading.main_thread() else []
+        numbers = set(STOP_SIGNALS) if threading.current_thread() is threading.main_thread() else set()
+        if hasattr(signal, "SIGHUP") and signal.getsignal(signal.SIGHUP) == signal.SIG_IGN:  # by nohup
+            numbers -= {signal.SIGHUP}
         self.handlers = {number: signal.signal(number, self.note) for number in numbers}
 
     def note(self, number: int, frame) -> None:

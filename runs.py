@@ -25,7 +25,7 @@ from settings import Settings
 
 # ---- The directory ----
 
-# These do not change what a run computes; a run may move to other machines
+# A run may move to other machines. (In parts of other sizes --accumulate draws other augmentations.)
 WITHOUT_EFFECT = {"out", "workers", "device", "compile", "resume", "overwrite", "save_every", "skip_broken"}
 WITHOUT_EFFECT |= {"remember_labels", "accumulate", "data_path"}
 # What a resumed run may have otherwise: also the place of its teacher, and what helps after a NaN

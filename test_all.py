@@ -135,6 +135,7 @@ def child(main, words, environment, told):
     os.environ.update(environment)
     multiprocessing.set_start_method("fork", force=True)  # of DataLoader's workers, as in a program
     torch.set_num_threads(1)
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)  # also where the tests run under nohup
     sys.argv = ["script", *words]
     sys.stdout = sys.stderr = open(told, "w")  # noqa: SIM115
     train.check_teacher = NO_CHECK
@@ -1823,7 +1824,7 @@ def test_each_of_two_processes_remembers_its_own_labels(tmp_path, output):
 
 
 def test_the_last_of_256_classes_is_remembered_too(tmp_path):
-    s = Settings(img_size=8, batch_size=4, epochs=1, repeats=1, out=str(tmp_path / "run"))
+    s = Settings(img_size=8, batch_size=4, epochs=1, repeats=1, out=str(tmp_path / "new/run"))
     part = ArraySet(noise(4, 3, 8, 8), torch.zeros(4).long(), [str(n) for n in range(256)])
     said = F.one_hot(torch.tensor([255, 0, 254, 255]), 256)
     for load in (lambda: SimpleNamespace(logits=lambda *_: said), no_teacher):
@@ -2043,6 +2044,7 @@ def test_other_files_are_left_out_loudly_and_without_val_a_tenth_of_train_is_hel
     text = f"left out of {train_path}: 2 files that are no images by their ending (.heic, .svg)\n"
     assert told == text
     val.rename(tmp_path / "test")  # another name is not taken for val
+    assert len(data.held_out_tenth(["b.png", os.fsdecode(b"caf\xe9.png")], Path())) == 1
     for n in range(6, 200):
         shutil.copy(train_path / "bee/0.png", train_path / f"bee/{n}.png")
     for path in list(train_path.glob("ant/?.png"))[1:]:
@@ -2663,6 +2665,7 @@ TUNING_MISTAKES = {
     "--data folder": "there is no folder data",
     "--out runs/run --resume": "is a run of train.py; continue it with train.py --resume",
     "--out none --resume --workers 1": "there is no run in none to continue",
+    "--checkpoint runs/run --out runs/run --overwrite": "runs/run is in --out, where --overwrite would",
     "--out runs/run --overwrite": "runs/run/last.pth is in --out, where --overwrite would remove it",
     "--train norm": "invalid choice: 'norm'",
     "--recipe long": "invalid choice: 'long'",
@@ -2812,6 +2815,34 @@ def test_a_run_finds_its_teacher_at_another_place_and_takes_no_other(tmp_path, o
         weights = {"teacher_weights": tmp_path / place / "last.pth"}
         told = output(run_train, *flags(weights | {"out": tmp_path / "run", "resume": True}), code=code)
         assert ("has another teacher" in told) == (place == "t2")
+    own = flags(words | {"out": tmp_path / "own", "teacher_epochs": 1})
+    output(run_train, *own)
+    next(tmp_path.glob("teacher-*")).rename(tmp_path / "away")
+    assert "holds no teacher; name that of the run" in output(run_train, *own, "--resume", code=2)
+
+
+def test_a_resumed_run_says_that_validation_images_are_others(tmp_path, output):
+    path = write_folder(tmp_path / "data", STREAMED)
+    words = flags(QUICK | {"data": "folder", "data_path": path, "epochs": 1, "workers": 0, "batch_size": 4})
+    output(run_train, *words, "--out", tmp_path / "run")
+    again = ("--out", tmp_path / "run", "--resume")
+    assert "files of the data" not in output(run_train, *again)
+    os.utime(path / "val/ant/1.png", (1, 1))
+    assert "files of the data are others, or newer" in output(run_train, *again)
+
+
+def test_nohup_keeps_its_word_and_a_stop_is_saved_before_a_line_is_printed(tmp_path, monkeypatch):
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    signals = launch.StopSignals()
+    kept, caught = (signal.getsignal(number) for number in (signal.SIGHUP, signal.SIGTERM))
+    signals.restore()
+    signal.signal(signal.SIGHUP, before)
+    assert kept == signal.SIG_IGN and caught == signals.note
+    monkeypatch.setattr(launch.Progress, "due", lambda *_: True)
+    monkeypatch.setattr(launch.Progress, "show", no_teacher)  # as where Ctrl-C has ended `tee` too
+    monkeypatch.setattr(launch.StopSignals, "asked", lambda self: signal.SIGINT)
+    assert run_train(monkeypatch, *flags(QUICK | {"out": tmp_path / "run"})) == 128 + signal.SIGINT
+    assert saved(tmp_path / "run")["progress"]["step"] == 1
 
 
 SWAP = [("ant", "swap"), ("bee", "ant"), ("swap", "bee")]  # of two classes: all names stay the same

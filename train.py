@@ -140,7 +140,7 @@ def train(
     ema = build_ema(network, s.ema) if s.ema else None
     optimizer = build_optimizer(network, s)
     scaler = torch.amp.GradScaler(device.type, enabled=s.precision == "fp16")
-    used = {"classes": train_set.classes, "fingerprint": train_set.fingerprint}
+    used = {"classes": train_set.classes, "fingerprint": train_set.fingerprint + val_set.fingerprint}
     used |= teacher.origin if teacher else {}
     run = runs.Run(asdict(s) | used, per_epoch, network, optimizer, scaler, ema)
     step, log, loss_so_far = 0, [], 0.0
@@ -197,13 +197,13 @@ def train(
                 ema.update_parameters(network)
             step += 1
 
+            if signals.asked() or (s.save_every and step % s.save_every == 0 and step % per_epoch):
+                run.save(step, log, loss_sum)
+                signals.end_if_asked(step, steps)
             if progress.due(step):
                 run.check_finite(step)
                 mean = loss_sum.item() / (step - epoch * per_epoch)
                 progress.show(step, f"epoch {epoch + 1}  step {step}/{steps}  loss {mean:.3f}  lr {lr:.2e}")
-            if signals.asked() or (s.save_every and step % s.save_every == 0 and step % per_epoch):
-                run.save(step, log, loss_sum)
-                signals.end_if_asked(step, steps)
 
         rate = (step - first) * s.batch_size / (time.monotonic() - started)
         run.save(step, log, loss_sum)  # a run that is killed in its evaluation then only evaluates again
@@ -230,16 +230,15 @@ def train(
 def teacher_settings(s: Settings, train_set: DataSet) -> Settings:
     """How the teacher of a run is trained: by its data set's recipe, whatever the student's other settings.
 
-    Its directory stands beside the student's. Its name ends in a hash of all that decides what the teacher
-    becomes, so that students of any settings and seeds share one, and other data never do.
+    Its directory stands beside the student's. Its name ends in a hash of its recipe and of the training
+    images, so that students of any settings and seeds share one, and other data never do.
     """
     shared = ["data", "data_path", "limit", "img_size", "precision", "device", "workers", "compile"]
     shared += ["accumulate", "save_every"] + ["patch_size"] * (s.teacher in settings.TRANSFORMERS)
     given = {name: getattr(s, name) for name in shared} | {"model": s.teacher, "epochs": s.teacher_epochs}
     t = settings.complete(given | {"resume": True})
     t.batch_size = settings.fit_batch_size(t.batch_size, len(train_set), world_size() * s.accumulate)
-    without = runs.WITHOUT_EFFECT | {"precision"}
-    deciding = [(name, value) for name, value in asdict(t).items() if name not in without]
+    deciding = [item for item in asdict(t).items() if item[0] not in runs.WITHOUT_EFFECT | {"precision"}]
     digits = launch.hash_of(deciding, train_set.fingerprint)[:8]
     t.out = str(Path(s.out).parent / f"teacher-{s.data}-{s.img_size}px-{s.teacher}-{digits}")
     return t
@@ -251,6 +250,8 @@ def train_teacher(s: Settings, train_set: DataSet, val_set: DataSet, device: tor
     runs.lock_run(s.out)
     if not runs.holds_run(s.out):
         runs.save_settings(s)  # --resume finds them if the teacher's training is stopped
+    elif s.resume and not runs.holds_run(t.out):
+        raise launch.UserError(f"{t.out} holds no teacher; name that of the run with --teacher-weights")
     if len(runs.read_log(t.out)) < t.epochs:
         runs.lock_run(t.out)
     print0(f"teacher: a {t.model} of {t.epochs} epochs, in {t.out}")
@@ -322,8 +323,7 @@ def main() -> None:
     runs.introduce(s, network, train_set, val_set, device)
     teacher = load_teacher(s, train_set, val_set, device) if s.needs_teacher else None
     runs.lock_run(s.out)
-    accuracy = train(network, s, train_set, val_set, device, teacher)
-    runs.report(s, accuracy, started)
+    runs.report(s, train(network, s, train_set, val_set, device, teacher), started)
 
 
 if __name__ == "__main__":
