@@ -2435,13 +2435,17 @@ def test_the_checkpoints_of_others_are_read_and_what_they_do_not_tell_is_said_on
     assert torch.equal(create_teacher("tiny", 5, file)(inputs), plain(inputs))
 
 
-def test_numbers_that_older_and_newer_numpys_wrote_are_read(tmp_path):
+MODULES = {rb"numpy\._?core": (b"numpy.core", b"numpy._core")}
+MODULES |= {rb"pathlib(\._local)?": (b"pathlib", b"pathlib._local")}
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_what_older_and_newer_versions_of_numpy_and_python_wrote_is_read(tmp_path, module):
     contents, file = {"model": {"head.weight": torch.ones(2)}, "best": np.float64(81.3)}, tmp_path / "net.pth"
-    torch.save(contents, file, _use_new_zipfile_serialization=False)
+    torch.save(contents | {"path": Path("x")}, file, _use_new_zipfile_serialization=False)
     pickled = file.read_bytes()
-    (mine,) = set(re.findall(rb"numpy\._?core", pickled))
-    for module in (b"numpy.core", b"numpy._core"):
-        file.write_bytes(pickled.replace(mine, module))
+    for name in MODULES[module]:
+        file.write_bytes(re.sub(module, name, pickled))
         assert read_checkpoint(file)["best"] == 81.3
 
 
@@ -2829,6 +2833,12 @@ def test_a_resumed_run_says_that_validation_images_are_others(tmp_path, output):
     assert "files of the data" not in output(run_train, *again)
     os.utime(path / "val/ant/1.png", (1, 1))
     assert "files of the data are others, or newer" in output(run_train, *again)
+
+
+def test_the_directory_above_all_may_be_written_over(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for _ in range(2):
+        assert run_train(monkeypatch, *flags(QUICK | {"epochs": 1, "out": ".", "overwrite": True})) == 0
 
 
 def test_nohup_keeps_its_word_and_a_stop_is_saved_before_a_line_is_printed(tmp_path, monkeypatch):
