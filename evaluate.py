@@ -448,7 +448,7 @@ def predict(arguments: Namespace) -> None:
 CKPT = dict(metavar="CKPT", help="a checkpoint, an official one's short name, or a torchvision classifier")
 VAL = {
     "checkpoints": CKPT | {"nargs": "+"},
-    "--data": dict(choices=tuple(RECIPES), help="data set [the one each was trained on]"),
+    "--data": dict(choices=tuple(RECIPES), help="data set [the checkpoint's; compare: the first one's]"),
     "--data-path": dict(metavar="DIR", help="where it is [where it was in training]"),
     "--val": dict(metavar="DIR", help="instead: DIR/CLASS/*, classes by name or number (ImageNet-V2)"),
 }

@@ -60,14 +60,15 @@ ABOUT = """Fine-tunes a trained network, at a higher resolution or on other pict
 [Values in brackets] are --recipe short's. --recipe paper is, on the checkpoint's own data, {};
 on other data, {}."""
 SHOWN = asdict(FinetuneSettings()) | settings.SHORT
-SHOWN |= dict.fromkeys(("data", "data_path", *KEPT, *KEPT_ON_ITS_DATA), "the checkpoint's")
+SHOWN |= dict.fromkeys(("data", *KEPT), "the checkpoint's")
+SHOWN |= dict.fromkeys(("data_path", *KEPT_ON_ITS_DATA), "the checkpoint's on its own data")
 SHOWN |= {
     "img_size": "the checkpoint's; on the checkpoint's own data 1.5 times that, in whole patches",
     "repeats": "the checkpoint's; 1 for other data",
     "limit": "the checkpoint's; 0 for other data",
     "distill": "the checkpoint's; for other data label where it has a second token, else none",
     "epochs": "30; 2 for shapes",
-    "lr": "0.0005; 0.05 for --train head, 0.005 for --train attention",
+    "lr": "0.0005; 0.05 for --train head, 0.005 for --train attention; a convnet 0.1 (by sgd)",
     "batch_size": "as in train.py",
     "recipe": "paper on ImageNet's own classes, else short",
 }

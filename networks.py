@@ -23,7 +23,7 @@ from settings import Settings
 # ---- Convnets ----
 
 # RegNetY (Radosavovic et al., 2020): blocks and widths of the four stages, group width. Table 2 has the last
-# four; the first is for small images and small machines. 8GF is as torchvision has it, so that its published
+# four; the first is for pictures on small machines. 8GF is as torchvision has it, so that its published
 # weights fit: its first stage is 224 wide, not 168.
 REGNETY = {
     "regnet_y_200mf": ((1, 1, 4, 7), (24, 56, 152, 368), 8),

@@ -152,7 +152,7 @@ class Run:
         self.write("last.pth", self.parts, progress)
 
     def end_epoch(self, step: int, log: list[dict], best: bool) -> None:
-        """Writes the log and, if the epoch is the best so far, best.pth, from which nobody resumes."""
+        """Writes the log and, if the epoch is the best so far, best.pth, which is not for resuming."""
         if best:  # before the log says so
             self.write("best.pth", self.weights, {"step": step, "log": log})
         text = "".join(json.dumps(record) + "\n" for record in log)

@@ -1,4 +1,4 @@
-"""Every setting with its default, range, unit and meaning, and the recipes: any learning rate stands here.
+"""Every setting with its default, range, unit and meaning, and the recipes: every learning rate is here.
 
 Each setting is a flag of train.py and finetune.py; its default is the paper's value for ImageNet (Table 9). A
 run has the flags given, over its recipe, over these defaults: `complete` puts them together, before anything
@@ -105,7 +105,7 @@ SHORT = dict(ADAMW, epochs=30, drop_path=0.0)
 # The authors' own, for ImageNet at 384 (section 6), at a constant learning rate, and for CIFAR and Cars
 RESOLUTION = dict(SHORT, img_size=384, batch_size=512, lr=5e-6, min_lr=5e-6, warmup_epochs=5.0)
 TRANSFER = dict(SGD, epochs=1000, batch_size=768, drop_path=0.0, erasing=0.0, repeats=3)
-FINETUNING = {  # --recipe short by what learns, --recipe paper by what for
+FINETUNING = {  # --recipe short by what learns, --recipe paper by purpose
     "all": SHORT,
     "head": dict(SHORT, lr=0.05),  # fewer weights want larger steps (results/head.md)
     "attention": dict(SHORT, lr=5e-3),
@@ -135,8 +135,9 @@ class Settings:
     teacher: str = setting("auto", str, "the teacher's network: regnet_y_200mf, _4gf, _8gf, _12gf, _16gf, "
                            "vgg8, any classifier of torchvision, or tiny, small, base; auto: vgg8 for images "
                            "of up to 64 pixels, regnet_y_200mf for larger ones")
-    teacher_weights: str = setting("", expanduser, "'published' (torchvision's), or a checkpoint's path or "
-                                   "URL; without it one is trained first on the same data, beside the run")
+    teacher_weights: str = setting("", expanduser, "'published' (torchvision's or the DeiT authors'), or a "
+                                   "checkpoint's path or URL; without it one is trained first on the same "
+                                   "data, beside the run")
     teacher_epochs: int = setting("auto", number(int, 1, auto=True), "epochs of a teacher that is trained "
                                   "first; auto: those of its own recipe")
     remember_labels: bool = setting(False, bool, "hard: keep the teacher's labels beside the run, for "
@@ -153,7 +154,7 @@ class Settings:
     repeats: int = setting(3, COUNT, "repeated augmentation: times an image comes in a shuffle, 1 is off")
     smoothing: float = setting(0.1, RATE, "label smoothing ε of the true labels")
     dropout: float = setting(0.0, RATE, "dropout probability")
-    drop_path: float = setting(0.1, RATE, "stochastic depth: the probability that drops the last block")
+    drop_path: float = setting(0.1, RATE, "stochastic depth: the last block's probability to drop a branch")
     ema: float = setting(0.0, RATE, "decay of the weights' moving average (the authors' 0.99996), "
                          "which is then what is evaluated; 0 is off")
 
@@ -172,17 +173,18 @@ class Settings:
                               "but 8 images at least")
     accumulate: int = setting(1, COUNT, "parts into which a process cuts its share of a batch; saves memory")
 
-    precision: str = setting("auto", PRECISIONS, "of matrix products; auto: bf16 on a GPU that has it, else "
-                             "fp16; bf16 on a CPU that is faster in it, else fp32", "running")
+    precision: str = setting("auto", PRECISIONS, "of matrix products; auto: bf16 where the machine is faster "
+                             "in it, fp16 on older CUDA GPUs, else fp32", "running")
     compile: bool = setting(False, bool, "use torch.compile")
     device: str = setting("auto", DEVICES, "auto takes a GPU where there is one")
     workers: int = setting(-1, number(int, -1, 256), "processes that read image files, -1 chooses")
     skip_broken: bool = setting(False, bool, "leave out image files that cannot be read, and count them")
-    seed: int = setting(0, number(int, 0, 2**62), "of everything random; the data set shapes stays the same")
+    seed: int = setting(0, number(int, 0, 2**62), "of all randomness, but for the data set shapes and a "
+                       "teacher trained first")
     out: str = setting("", expanduser, "the run's directory, else one below runs/ named after its settings")
     save_every: int = setting(0, number(int, 0), "steps between saves within an epoch; 0: only at its end")
     resume: bool = setting(False, bool, "continue the run in --out, or start it if there is none")
-    overwrite: bool = setting(False, bool, "replace the run in --out; --resume goes before it")
+    overwrite: bool = setting(False, bool, "replace the run in --out; --resume takes precedence")
 
     @property
     def distilled(self) -> bool:
