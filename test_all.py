@@ -1234,7 +1234,8 @@ def test_higher_resolution_of_imagenet_is_the_papers_recipe():
     assert not tuned({"distill": "hard"}, OFFICIAL_TINY | own)["no_distill_token"]
     shapes = OFFICIAL_TINY | {"data": "shapes", "img_size": 24, "patch_size": 8}
     assert tuned({}, shapes).items() >= {"epochs": 2, "img_size": 32, "lr": 5e-4}.items()
-    assert tuned({}, shapes | {"model": "vgg8"}).items() >= {"optimizer": "sgd", "lr": 0.1}.items()
+    convnets = {"optimizer": "sgd", "lr": 0.1, "min_lr": 0, "weight_decay": 5e-5, "warmup_epochs": 0}
+    assert tuned({}, shapes | {"model": "vgg8"}).items() >= convnets.items()
     for teacher, weights in (("regnet_y_16gf", "published"), ("vgg8", "")):
         assert tuned({"teacher": teacher})["teacher_weights"] == weights
     folder = OFFICIAL_TINY | {"data": "folder", "data_path": "/mine"}  # a folder is told by its path
@@ -2220,7 +2221,7 @@ def test_a_fine_tuning_that_is_killed_needs_nothing_but_its_directory(tmp_path, 
     monkeypatch.chdir(tmp_path)
     output(run_train, *flags(QUICK | {"distill": "label", "out": "runs/first"}))
     words = {"img_size": 24, "epochs": 2, "batch_size": 16, "train": "head", "save_every": 1, "device": "cpu"}
-    words["checkpoint"] = "runs/first"
+    words |= {"checkpoint": "runs/first", "recipe": "short"}
     again = ["--out", "runs/tuned", "--resume"]
     assert forked(flags(words | {"out": "whole"}), None, finetune.main) == 0
     for step, command in ((1, flags(words | {"out": "runs/tuned"})), (3, again)):
@@ -2233,6 +2234,7 @@ def test_a_fine_tuning_that_is_killed_needs_nothing_but_its_directory(tmp_path, 
     assert "has --train head, not all" in output(run_finetune, *again, "--train", "all", code=2)
     told = output(run_finetune, *again)
     assert "  train=head" in told and "save-every=1" in told  # as the flags are called
+    assert "minutes after --resume: class " in told
 
 
 def test_a_run_that_an_older_version_stopped_within_an_epoch_goes_on(tmp_path, output):
@@ -2288,6 +2290,7 @@ def test_a_run_goes_on_with_its_own_settings_or_is_written_over_when_told_to(tmp
 
 def test_a_resumed_run_may_have_other_values_of_these_settings_alone(tmp_path):
     s = finetune.FinetuneSettings(out=str(tmp_path))
+    assert runs.resumed_settings({}, str(tmp_path)) is None  # a new run, by no flag
     runs.save_settings(s)
     taken = set()
     for name, value in vars(s).items():
