@@ -45,7 +45,7 @@ class Attention(nn.Module):
     def forward(self, x: Tensor, num_queries: int | None = None) -> Tensor:
         """(B, N, D) -> (B, N, D), or only what the first `num_queries` tokens get: (B, num_queries, D)."""
         q, k, v = self.split(x)
-        # Equation 1 in a fused kernel, which computes the same without ever storing the (N, N) weights
+        # Equation 1, as a rule in a fused kernel, which never stores the (N, N) weights
         out = F.scaled_dot_product_attention(q[:, :, :num_queries], k, v)
         return self.dropout(self.proj(out.transpose(1, 2).flatten(2)))  # (B, heads, N, D/heads) -> (B, N, D)
 
