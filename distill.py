@@ -70,7 +70,7 @@ LOSSES: dict[str, Callable[[Outputs, Tensor, Tensor | None, Settings], Tensor]] 
 
 
 class Teacher:
-    """A network of `create_teacher`, frozen, in evaluation mode: asked what it says of the student's inputs."""
+    """A frozen network of `create_teacher`, in evaluation mode, and what it says of the student's inputs."""
 
     def __init__(self, network: nn.Module, origin: dict[str, str]):
         self.network, self.origin = network, origin  # teacher_weights, its checkpoint, and that one's hash
