@@ -71,7 +71,7 @@ def setting(default, allowed, meaning: str, group: str = "", flag: str = ""):
 # ---- Recipes: what a data set changes in the paper's settings ----
 
 # fmt: off
-CIFAR = dict(img_size=32, patch_size=4, epochs=100, batch_size=256, lr=1e-3, repeats=1)
+CIFAR = dict(img_size=32, patch_size=4, epochs=100, batch_size=256, lr=2e-3, repeats=1)
 PICTURES = dict(img_size=224, epochs=100, batch_size=64, lr=1e-3, repeats=1)
 SHAPES = dict(img_size=24, patch_size=8, epochs=8, batch_size=128, lr=4e-3, repeats=1, warmup_epochs=0.5,
               drop_path=0.0)

@@ -453,7 +453,7 @@ def test_a_recipe_is_for_transformers_and_for_the_convnets_that_teach_them(name)
     repeats = 3 if name in ("imagenet", "inat2018", "inat2019") else 1
     assert (student.repeats, teacher.repeats) == (repeats, repeats)
     assert (student.drop_path, student.warmup_epochs) == ((0.0, 0.5) if name == "shapes" else (0.1, 5.0))
-    sizes = {"cifar10": (32, 100, 256, 1e-3), "shapes": (24, 8, 128, 4e-3), "folder": (224, 100, 64, 1e-3)}
+    sizes = {"cifar10": (32, 100, 256, 2e-3), "shapes": (24, 8, 128, 4e-3), "folder": (224, 100, 64, 1e-3)}
     if name in sizes:
         assert (student.img_size, student.epochs, student.batch_size, student.lr) == sizes[name]
         assert teacher.img_size == student.img_size and teacher.batch_size == min(student.batch_size, 128)
