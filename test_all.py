@@ -2030,14 +2030,13 @@ def test_pictures_of_every_kind_are_read_upright_on_white_and_large_ones_at_a_si
     assert torch.equal(crops[0], crop_file(read_image(path), 100, None))  # the evaluation has the whole of it
 
 
-def test_a_damaged_exif_block_is_no_warning(tmp_path):
-    path = str(tmp_path / "a.jpg")
-    Image.effect_noise((40, 40), 90).convert("RGB").save(
-        path, exif=b"Exif\0\0MM\0*\xff\xff\xff\xff\0\x01garbage"
-    )
-    Path(path + ".half").write_bytes(Path(path).read_bytes()[:-90])
-    with pytest.raises(UserError, match="a.jpg.half is not a readable image: image file is truncated"):
-        read_image(path + ".half")
+def test_a_damaged_exif_block_is_no_warning_and_a_truncated_file_a_mistake(tmp_path):
+    path, image = str(tmp_path / "a.jpg"), Image.effect_noise((40, 40), 90).convert("RGB")
+    image.save(path)
+    Path(path).write_bytes(Path(path).read_bytes()[:-90])
+    with pytest.raises(UserError, match="a.jpg is not a readable image: image file is truncated"):
+        read_image(path)
+    image.save(path, exif=b"Exif\0\0MM\0*\xff\xff\xff\xff\0\x01garbage")
     lines = "from image_files import read_image; from PIL import Image; Image.MAX_IMAGE_PIXELS = 1000"
     program = [sys.executable, "-c", f"{lines}; read_image({path!r})"]  # nor is a large picture
     assert subprocess.run(program, capture_output=True, check=True).stderr == b""
