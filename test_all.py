@@ -1734,7 +1734,7 @@ def test_an_epochs_line_says_what_the_log_keeps(tmp_path, monkeypatch, output):
         f"{record['accuracy']['class']:.2f} %\n"
         for record in runs.read_log(tmp_path / "run")
     ]
-    assert len(lines) == 2 and all(line in told for line in lines)
+    assert len(lines) == 2 and "".join(lines) in re.sub(r"epoch \d  step .*\n", "", told)
     for record in runs.read_log(tmp_path / "run"):  # progress is shown at the end of each epoch
         shown = f"epoch {record['epoch']}  step {record['step']}/6  loss {record['loss']:.3f}  lr "
         assert shown in told and 1 < record["images_per_second"] * record["seconds"] / 48 < 2
